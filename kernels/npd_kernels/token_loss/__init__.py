@@ -1,0 +1,69 @@
+"""Cross-entropy against a sparse soft target, from hidden states, without logits of [T, V] in memory.
+
+Dimensions: T tokens, D hidden size, V vocabulary, K target slots per token.
+
+With z = hidden @ weight^T, lse = logsumexp_V(z) and target weights w, the loss of token t is
+    L_t = sum_k w_tk * (lse_t - z_t[id_tk])
+and its gradient is dL_t/dz = (sum_k w_tk) * softmax(z) - scatter(w). Plain cross-entropy is K = 1,
+w = 1; the NPD loss is K = 1 + top-k (design in npd_ascend/trainer/objectives.py).
+"""
+
+from types import ModuleType
+
+import torch
+
+from . import impl_chunked, reference
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": impl_chunked}
+
+
+def token_loss(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_ids_TK: torch.Tensor,
+    target_weights_TK: torch.Tensor,
+    token_weight_T: torch.Tensor,
+    *,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (loss_sum, loss_T).
+
+    hidden_TD, weight_VD: float32 or bfloat16, one dtype.
+    target_ids_TK: int64 in [0, V); an id may stand in several slots, their weights add up.
+    target_weights_TK: float32, 0 in an unused slot (whose id must still be a valid one).
+    token_weight_T: float32 factor of each token in the sum.
+
+    loss_sum: float32 scalar, sum_t token_weight_t * L_t in nats; differentiable in hidden and weight.
+    loss_T: float32 [T], L_t in nats, detached and not weighted.
+
+    Raises ValueError for shapes that do not fit, RuntimeError if `impl` cannot run here.
+    """
+    num_tokens, num_slots = target_ids_TK.shape
+    if target_weights_TK.shape != (num_tokens, num_slots) or token_weight_T.shape != (num_tokens,):
+        raise ValueError(
+            f"targets do not fit: ids {tuple(target_ids_TK.shape)}, weights {tuple(target_weights_TK.shape)}, "
+            f"token weights {tuple(token_weight_T.shape)}; want [T,K], [T,K], [T]"
+        )
+    module = _choose(impl, hidden_TD, weight_VD, num_tokens)
+    return module.token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T)
+
+
+def token_logprobs(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, ids_TK: torch.Tensor, *, impl: str
+) -> torch.Tensor:
+    """log p(id_tk) = z_t[id_tk] - lse_t for K ids per token; float32 [T, K], differentiable."""
+    return _choose(impl, hidden_TD, weight_VD, ids_TK.shape[0]).token_logprobs(hidden_TD, weight_VD, ids_TK)
+
+
+def _choose(impl: str, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, num_tokens: int) -> ModuleType:
+    if hidden_TD.dim() != 2 or hidden_TD.shape[0] != num_tokens or weight_VD.shape[1:] != hidden_TD.shape[1:]:
+        raise ValueError(
+            f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)} and {num_tokens} target rows do not fit"
+        )
+    if hidden_TD.dtype != weight_VD.dtype:
+        raise ValueError(f"hidden is {hidden_TD.dtype} but weight is {weight_VD.dtype}; want one dtype")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"token_loss impl {impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if reason := IMPLEMENTATIONS[impl].unavailable_reason(hidden_TD.device):
+        raise RuntimeError(f"token_loss impl {impl!r} cannot run here: {reason}")
+    return IMPLEMENTATIONS[impl]

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Every check and every test, the slow ones included, in an environment of its own.
+#   bash launch/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/env.sh
+environment .venv-test requirements.txt requirements-dev.txt
+bin=.venv-test/bin
+$bin/ruff format --check .
+$bin/ruff check .
+$bin/mypy npd_ascend kernels/npd_kernels
+NPD_SLOW=1 $bin/python -m pytest "$@"

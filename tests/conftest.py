@@ -1,0 +1,77 @@
+"""Tiny real models: Llama, openPangu's bias form, Qwen2 and Qwen3 from transformers, with random biases and norms."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from npd_ascend.model.load import load_decoder
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SLOW = os.environ.get("NPD_SLOW") == "1"
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Plain pytest names what it leaves out and why."""
+    if SLOW or "slow" in config.getoption("markexpr"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: minutes; NPD_SLOW=1 or launch/test.sh runs it"))
+
+
+_SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+    "llama_tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "pangu": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 32}),
+}
+
+
+def make_hf_model(family: str, seed: int = 0):
+    """A random model whose biases and norms are not at their initial values, so that losing one shows."""
+    config_class, model_class, extra = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**_SHAPE | extra)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            elif "norm" in name:
+                parameter.normal_(1, 0.2)
+            else:
+                parameter.normal_(0, 0.15)
+    return model
+
+
+@pytest.fixture(params=list(FAMILIES))
+def hf_pair(request, tmp_path):
+    """(transformers model, our decoder of the same weights, folder)."""
+    model = make_hf_model(request.param)
+    model.save_pretrained(tmp_path / "model")
+    ours = load_decoder(tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), attention_impl="sdpa")
+    return model, ours, tmp_path / "model"
+
+
+@pytest.fixture
+def addition_student(tmp_path) -> Path:
+    """A copy of the addition student's folder, free to be damaged."""
+    return Path(shutil.copytree(CONFIGS / "addition" / "student", tmp_path / "student"))

@@ -1,0 +1,86 @@
+"""Packed attention: every implementation against float64, judged by plain code's own error."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npd_kernels.packed_attention import packed_attention, reference
+
+LENGTHS = [1, 17, 17, 64, 3, 3, 3, 29]
+CU = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+
+
+def _inputs(num_tokens, heads=(4, 2), head_dim=32, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(num_tokens, n, head_dim, generator=generator).to(dtype) for n in (heads[0], heads[1], heads[1])]
+
+
+def _gradients(fn, inputs, upstream):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = fn(*leaves)
+    return [out.detach(), *torch.autograd.grad((out.double() * upstream).sum(), leaves)]
+
+
+def _plain(q, k, v, cu):
+    """Ordinary code in the inputs' dtype, one sample after another."""
+    outs = []
+    for a, b in itertools.pairwise(cu):
+        ks, vs = (x[a:b].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("tnh,snh->nts", q[a:b], ks) * q.shape[2] ** -0.5
+        mask = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+        outs.append(torch.einsum("nts,snh->tnh", scores.masked_fill(mask, float("-inf")).softmax(-1), vs))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_sdpa_is_no_worse_than_plain_code(dtype, heads):
+    inputs = _inputs(CU[-1], heads, dtype=dtype)
+    upstream = torch.randn(CU[-1], heads[0], 32, generator=torch.Generator().manual_seed(9)).double()
+    truth = _gradients(
+        lambda q, k, v: reference.packed_attention(q, k, v, CU, 32**-0.5), [x.double() for x in inputs], upstream
+    )
+    plain = _gradients(lambda q, k, v: _plain(q, k, v, CU), inputs, upstream)
+    fused = _gradients(lambda q, k, v: packed_attention(q, k, v, CU, 32**-0.5, impl="sdpa"), inputs, upstream)
+    wrong = [*CU[:3], CU[3] + 1, *CU[4:]]  # planted mistake: one seam off by one
+    off = _gradients(lambda q, k, v: packed_attention(q, k, v, wrong, 32**-0.5, impl="sdpa"), inputs, upstream)
+    for want, have, got, bad in zip(truth, plain, fused, off, strict=True):
+        floor = 4 * torch.finfo(dtype).eps * want.abs().max()
+        expected = max((have - want).abs().max(), floor)
+        assert (got - want).abs().max() <= 1.2 * expected
+        assert (bad - want).abs().max() > 10 * (got - want).abs().max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(0, 99))
+def test_any_lengths(lengths, seed):
+    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    q, k, v = _inputs(cu[-1], seed=seed)
+    want = reference.packed_attention(q, k, v, cu, 0.2)
+    assert (packed_attention(q, k, v, cu, 0.2, impl="sdpa") - want).abs().max() <= 2e-6
+
+
+def test_the_reference_has_the_right_gradient():
+    inputs = [x.double().requires_grad_() for x in _inputs(9, (2, 1), 4)]
+    assert torch.autograd.gradcheck(lambda *x: reference.packed_attention(*x, [0, 4, 5, 9], 0.5), inputs)
+
+
+@pytest.mark.parametrize(
+    ("cu", "said"), [([0, 5], "T=6"), ([0, 3, 3, 6], "strictly"), ([1, 6], "from 0"), ([0, 4, 2, 6], "strictly")]
+)
+def test_offsets_that_do_not_fit_are_refused(cu, said):
+    with pytest.raises(ValueError, match=said):
+        packed_attention(*_inputs(6), cu, 1.0, impl="sdpa")
+
+
+def test_unknown_implementation_and_shapes_are_refused():
+    q, k, v = _inputs(6)
+    with pytest.raises(ValueError, match="choose one of reference, sdpa"):
+        packed_attention(q, k, v, [0, 6], 1.0, impl="flash")
+    with pytest.raises(ValueError, match="multiple of G"):
+        packed_attention(q[:, :3], k, v, [0, 6], 1.0, impl="sdpa")
+    with pytest.raises(ValueError, match="one dtype"):
+        packed_attention(q.bfloat16(), k, v, [0, 6], 1.0, impl="sdpa")
