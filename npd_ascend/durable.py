@@ -1,0 +1,90 @@
+"""Files that are there whole or not at all, whatever kills the process that writes them."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from npd_ascend.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def commit_file(path: Path) -> Iterator[Path]:
+    """Yield a draft path; when the block ends the draft becomes `path` in one step, durably."""
+    draft = path.with_name(f".{path.name}.draft")
+    with _disk_full_is_said(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield draft
+            _fsync(draft)
+            os.rename(draft, path)  # the commit point
+            _fsync(path.parent)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def commit_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty draft folder; when the block ends it becomes `path` in one step, durably."""
+    draft = path.with_name(f".{path.name}.draft")
+    with _disk_full_is_said(path):
+        try:
+            shutil.rmtree(draft, ignore_errors=True)  # left by a killed process
+            draft.mkdir(parents=True)
+            yield draft
+            for file in sorted(draft.rglob("*")):
+                _fsync(file)
+            _fsync(draft)
+            os.rename(draft, path)  # the commit point
+            _fsync(path.parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line durably. A torn last line, left by a killed writer, is cut off first."""
+    with _disk_full_is_said(path), path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        if whole < size:
+            file.truncate(whole)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_full_is_said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = "No space left" in str(error) or getattr(error, "errno", None) in _FULL
+        if not full:
+            raise
+        raise UserError(
+            f"{path}: the disk is full; free some space (or move run.folder) and run the same command again, "
+            f"everything committed so far is kept"
+        ) from None

@@ -1,0 +1,1 @@
+"""A plain decoder for the Llama family and its Hugging Face names, both ways."""
