@@ -1,0 +1,274 @@
+"""One YAML per run: frozen, validated, unknown keys refused; the resolved copy is saved with the run.
+
+Every default that the NPD paper does not state says so in docs/method.md.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from npd_ascend.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class RunConfig(_Section):
+    name: str
+    folder: Path = Field(Path(), validate_default=True)  # default: runs/<name>
+    seed: int = 0
+
+
+class DeviceConfig(_Section):
+    kind: Literal["cpu"] = "cpu"
+    threads: int = Field(0, ge=0)  # 0: as many as torch finds
+
+
+class KernelConfig(_Section):
+    attention: Literal["reference", "sdpa"] = "sdpa"
+    loss: Literal["reference", "chunked"] = "chunked"
+
+
+class StudentConfig(_Section):
+    path: Path  # Hugging Face folder: config.json, tokenizer, safetensors unless init is random
+    init: Literal["pretrained", "random"] = "pretrained"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps float32 master weights
+
+
+class TeacherConfig(_Section):
+    path: Path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    top_k: int = Field(10, ge=1, le=64)
+    alone_context: Literal["assistant_header", "bos"] = "assistant_header"  # what s(y) is conditioned on
+    pack_tokens: int = Field(4096, ge=1)  # tokens per prefill
+
+
+class JsonlSource(_Section):
+    """One JSON object a line; only the keys named here are read."""
+
+    kind: Literal["jsonl"]
+    path: Path
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    first: int = Field(0, ge=0)
+    count: int | None = Field(None, ge=1)
+
+
+class AdditionSource(_Section):
+    """Sums of two three-digit numbers: `count` of a fixed shuffle of all 810,000, from `first` on."""
+
+    kind: Literal["addition"]
+    first: int = Field(0, ge=0)
+    count: int = Field(ge=1)
+
+
+class ReasoningGymSource(_Section):
+    """`count` questions, in turn from each named data set of the reasoning-gym package."""
+
+    kind: Literal["reasoning_gym"]
+    datasets: tuple[str, ...] = Field(min_length=1)
+    count: int = Field(ge=1)
+    seed: int = 0
+
+
+Source = Annotated[JsonlSource | AdditionSource | ReasoningGymSource, Field(discriminator="kind")]
+
+
+class DataConfig(_Section):
+    gold: Source | None = None  # prompts with reference answers, for SFT
+    prompts: Source | None = None  # what the student answers
+    heldout: Source  # evaluated, never trained on
+
+
+class OptimizerConfig(_Section):
+    """AdamW, linear warm-up, cosine from lr to min_lr over all epochs of the stage."""
+
+    lr: float = Field(1e-5, gt=0)
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _falls(self):
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower min_lr")
+        return self
+
+
+class TrainConfig(_Section):
+    """What SFT and NPD training have in common."""
+
+    epochs: int = Field(ge=1)
+    pack_tokens: int = Field(32768, ge=2)
+    packs_per_step: int = Field(1, ge=1)  # the global batch, in packs
+    normalise: Literal["token", "sample", "sqrt"] = "token"  # weight of a token: 1, 1/len, 1/sqrt(len)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every_steps: int = Field(200, ge=1)
+
+
+class NpdConfig(TrainConfig):
+    epochs: int = Field(10, ge=1)
+    refresh_after: tuple[int, ...] = (5,)  # new rollouts by the student as it is after these epochs
+    lambda_: float = Field(0.9, ge=0, le=1, alias="lambda")
+    targets: Literal["renormalised", "tail"] = "renormalised"
+
+    @model_validator(mode="after")
+    def _refreshes_inside(self):
+        inside = all(0 < epoch < self.epochs for epoch in self.refresh_after)
+        if not inside or list(self.refresh_after) != sorted(set(self.refresh_after)):
+            raise ValueError(
+                f"refresh_after={list(self.refresh_after)} must rise and lie between 1 and epochs-1={self.epochs - 1}"
+            )
+        return self
+
+
+class RolloutConfig(_Section):
+    engine: Literal["hf"] = "hf"
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    samples_per_prompt: int = Field(1, ge=1)
+    max_new_tokens: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)  # answers generated together; one shard each
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class FilterConfig(_Section):
+    """Free filters first, then the teacher's; the first that applies is the reason."""
+
+    drop_truncated: bool = False
+    min_answer_tokens: int = Field(1, ge=1)
+    max_tokens: int | None = Field(None, ge=2)  # prompt and answer; None: npd.pack_tokens
+    max_repetition: float = Field(1.0, gt=0, le=1)  # share of the answer that repeats an earlier 8-gram
+    tau: float = Field(0.8, ge=0)
+    tau_mode: Literal["absolute", "quantile"] = "absolute"
+    ifd_form: Literal["loss", "perplexity"] = "loss"
+    ifd: bool = True  # False: report the scores, drop nothing for them
+
+
+class EvalConfig(_Section):
+    max_new_tokens: int = Field(64, ge=1)
+    batch_size: int = Field(256, ge=1)
+
+
+class Config(_Section):
+    run: RunConfig
+    device: DeviceConfig = DeviceConfig()
+    kernels: KernelConfig = KernelConfig()
+    student: StudentConfig
+    teacher: TeacherConfig | None = None
+    data: DataConfig
+    sft: TrainConfig | None = None
+    rollout: RolloutConfig | None = None
+    filters: FilterConfig = FilterConfig()
+    npd: NpdConfig | None = None
+    evaluate: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self):
+        if self.sft is None and self.npd is None:
+            raise ValueError("neither sft nor npd is there, so there is nothing to train; add one of them")
+        if self.sft and self.data.gold is None:
+            raise ValueError("sft needs data.gold, prompts with reference answers")
+        if self.sft is None and self.student.init == "random":
+            raise ValueError("student.init=random without sft would roll out noise; add an sft section")
+        if self.npd:
+            missing = [key for key in ("teacher", "rollout") if getattr(self, key) is None]
+            missing += ["data.prompts"] if self.data.prompts is None else []
+            if missing:
+                raise ValueError(f"npd needs {', '.join(missing)}; add it or remove npd")
+        if self.npd and (self.filters.max_tokens or 0) > self.npd.pack_tokens:
+            raise ValueError(
+                f"filters.max_tokens={self.filters.max_tokens} lets through samples that no pack of "
+                f"npd.pack_tokens={self.npd.pack_tokens} can hold; lower the first or raise the second"
+            )
+        if self.filters.tau_mode == "quantile" and self.filters.tau > 1:
+            raise ValueError(f"filters.tau={self.filters.tau} is no quantile; it must lie between 0 and 1")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read, override, validate, make paths absolute. `overrides`: dotted `key=value`, values as YAML."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; see configs/ for the ones that come with the project") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: want a mapping of sections at the top; see configs/addition_cpu.yaml")
+    for text in overrides:
+        _override(raw, text)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_error(error)}") from None
+    return _with_absolute_paths(config)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that load_config reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def _override(raw: dict, text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"override {text!r} is not key=value; for example npd.epochs=4")
+    *parents, leaf = key.split(".")
+    section: Any = raw
+    for name in parents:
+        if not isinstance(section.setdefault(name, {}), dict):
+            raise UserError(f"override {text!r}: {name} is a value, not a section")
+        section = section[name]
+    section[leaf] = yaml.safe_load(value)
+
+
+def _first_error(error: ValidationError) -> str:
+    """`key: reason`, and for a typo the keys that exist there."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location) or "the file as a whole"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; known keys there: {', '.join(_known_keys(location[:-1]))}"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}" + (
+        f" (got {first['input']!r})" if not isinstance(first["input"], dict | BaseModel) else ""
+    )
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """Keys of the section at `location`; union members appear there by their `kind`."""
+    sources = {"jsonl": JsonlSource, "addition": AdditionSource, "reasoning_gym": ReasoningGymSource}
+    section: Any = Config
+    for part in location:
+        if part in sources:
+            section = sources[part]
+            continue
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Relative paths are relative to where the command was typed; the saved copy must not depend on it."""
+    folder = config.run.folder if config.run.folder != Path() else Path("runs") / config.run.name
+    sources = {key: source for key, source in config.data if isinstance(source, JsonlSource)}
+    data = config.data.model_copy(
+        update={key: s.model_copy(update={"path": s.path.absolute()}) for key, s in sources.items()}
+    )
+    update: dict[str, Any] = {
+        "run": config.run.model_copy(update={"folder": folder.absolute()}),
+        "student": config.student.model_copy(update={"path": config.student.path.absolute()}),
+        "data": data,
+    }
+    if config.teacher:
+        update["teacher"] = config.teacher.model_copy(update={"path": config.teacher.path.absolute()})
+    return config.model_copy(update=update)

@@ -1,0 +1,69 @@
+"""One table of metric names; every process appends JSON lines, TensorBoard reads the same numbers."""
+
+import json
+import time
+from pathlib import Path
+
+# name -> (unit, meaning). A name that is not here cannot be logged.
+METRICS = {
+    "train/loss": ("nats/token", "objective of the step: sum over its answer tokens, divided once"),
+    "train/grad_norm": ("", "global L2 norm before clipping"),
+    "train/lr": ("", "learning rate of the step"),
+    "train/answer_tokens": ("tokens", "answer tokens in the step"),
+    "train/tokens": ("tokens", "tokens in the step, prompts included"),
+    "train/tokens_per_s": ("tokens/s", "tokens over the wall time of the step"),
+    "train/epoch": ("epochs", "epochs done, fractions included"),
+    "heldout/kl_teacher": ("nats/token", "KL(teacher || student) on held-out rollouts of version 0, teacher's top-k"),
+    "heldout/drift": (
+        "nats/token",
+        "KL(current || generator) on held-out rollouts of the newest version, estimator r log r - r + 1",
+    ),
+    "pack/fill": ("share", "tokens over room in the packs of a phase"),
+    "pack/samples": ("samples", "samples trained on in a phase"),
+    "rollout/samples": ("samples", "answers in a shard"),
+    "rollout/tokens": ("tokens", "answer tokens in a shard"),
+    "rollout/tokens_per_s": ("tokens/s", "answer tokens over wall time"),
+    "score/samples": ("samples", "rollouts scored in a shard"),
+    "score/tokens_per_s": ("tokens/s", "tokens through the teacher's conditional pass over wall time of the shard"),
+    "filter/kept": ("share", "kept over decided training rollouts"),
+    "stage/seconds": ("s", "wall time of a stage in this process"),
+    "eval/exact_match": ("share", "held-out answers that equal the reference"),
+}
+
+
+class MetricsLog:
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard/<stage>."""
+
+    def __init__(self, run: Path, stage: str):
+        from torch.utils.tensorboard import SummaryWriter  # two seconds; not every command logs
+
+        self._path, self._stage = run / "metrics.jsonl", stage
+        self._board = SummaryWriter(str(run / "tensorboard" / stage))
+
+    def log(self, step: int, **values: float) -> None:
+        """One row. Names are METRICS keys with '/' written as '__'."""
+        named = {name.replace("__", "/"): float(value) for name, value in values.items()}
+        if unknown := named.keys() - METRICS.keys():
+            raise AssertionError(f"metrics without a unit: {sorted(unknown)}; add them to METRICS")
+        row = {"time": time.time(), "stage": self._stage, "step": step} | named
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in named.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Rows of RUN/metrics.jsonl; of a step that was repeated after a kill the last row stands."""
+    path = Path(run) / "metrics.jsonl"
+    rows: dict[tuple, dict] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # torn by a kill in the middle of the line; the step was repeated
+        names = tuple(key for key in row if key not in ("time", "stage", "step"))
+        rows[(row["stage"], row["step"], names)] = row
+    return list(rows.values())

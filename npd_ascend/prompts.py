@@ -1,0 +1,129 @@
+"""Where prompts come from. A source is a function of its configuration alone, so a restart sees the same."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from npd_ascend.config import AdditionSource, Config, JsonlSource, ReasoningGymSource
+from npd_ascend.errors import UserError
+from npd_ascend.model.families import read_config
+from npd_ascend.records import Prompt
+from npd_ascend.tokenizer import ChatTokenizer
+
+# A sample is wanted as (prompt, index among the answers to that prompt).
+Wanted = tuple[Prompt, int]
+
+
+def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]]:
+    """All samples of one weight version in shards of rollout.batch_size, held-out prompts last.
+
+    The same for every version and every restart: a shard is generated as one batch, so its numbers
+    cannot depend on where an earlier process was killed.
+    """
+    room = max_prompt_tokens(config, config.rollout.max_new_tokens)
+    training = read_prompts(config.data.prompts, tokenizer, key="data.prompts", max_prompt_tokens=room)
+    heldout = read_heldout(config, tokenizer, config.rollout.max_new_tokens)
+    wanted = [(p, i) for p in training for i in range(config.rollout.samples_per_prompt)] + [(p, 0) for p in heldout]
+    return [wanted[at : at + config.rollout.batch_size] for at in range(0, len(wanted), config.rollout.batch_size)]
+
+
+def read_heldout(config: Config, tokenizer: ChatTokenizer, max_new_tokens: int) -> list[Prompt]:
+    """The held-out prompts, each with room for an answer of `max_new_tokens`."""
+    room = max_prompt_tokens(config, max_new_tokens)
+    return read_prompts(config.data.heldout, tokenizer, key="data.heldout", max_prompt_tokens=room, heldout=True)
+
+
+def max_prompt_tokens(config: Config, max_new_tokens: int) -> int:
+    """Prompt tokens that leave room for an answer in the student's context."""
+    return read_config(config.student.path).max_position - max_new_tokens
+
+
+def read_prompts(
+    source: JsonlSource | AdditionSource | ReasoningGymSource,
+    tokenizer: ChatTokenizer,
+    *,
+    key: str,
+    max_prompt_tokens: int,
+    heldout: bool = False,
+    need_answer: bool = False,
+) -> list[Prompt]:
+    """All prompts of `source`, tokenised. `key` is the config key, named in errors.
+
+    UserError for an empty source, a line that does not fit, an answer that is missing where
+    `need_answer`, or a prompt above `max_prompt_tokens`.
+    """
+    prompts = []
+    for place, prompt_id, text, answer in _rows(source):
+        if need_answer and answer is None:
+            raise UserError(f"{key}: {place} has no answer, and SFT needs one")
+        token_ids = tokenizer.encode_prompt(text)
+        if len(token_ids) > max_prompt_tokens:
+            raise UserError(
+                f"{key}: {place} has {len(token_ids)} tokens, but only {max_prompt_tokens} fit before the answer; "
+                f"shorten or remove it, or raise the model's context or lower max_new_tokens"
+            )
+        prompts.append(Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, answer=answer, heldout=heldout))
+    if not prompts:
+        raise UserError(f"{key}: {getattr(source, 'path', source.kind)} gives no prompt")
+    return prompts
+
+
+def _rows(source: JsonlSource | AdditionSource | ReasoningGymSource) -> Iterator[tuple[str, str, str, str | None]]:
+    """(place for errors, prompt id, text, reference answer) of every prompt."""
+    if isinstance(source, JsonlSource):
+        return _jsonl(source)
+    return _addition(source) if isinstance(source, AdditionSource) else _reasoning_gym(source)
+
+
+def _jsonl(source: JsonlSource) -> Iterator[tuple[str, str, str, str | None]]:
+    try:
+        lines = source.path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{source.path}: no such file") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{source.path}: not a UTF-8 text file ({error})") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    stop = None if source.count is None else source.first + source.count
+    if source.count and len(numbered) < stop:
+        raise UserError(f"{source.path}: has {len(numbered)} prompts, but first + count ask for {stop}")
+    for number, line in numbered[source.first : stop]:
+        place = f"{source.path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{place}: not JSON ({error})") from None
+        text = row.get(source.prompt_key) if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{place}: no text under {source.prompt_key!r}; set prompt_key or mend the line")
+        answer = row.get(source.answer_key)
+        if answer is not None and not isinstance(answer, str):
+            raise UserError(f"{place}: {source.answer_key!r} is not a text")
+        yield place, f"{source.path.stem}:{number}", text, answer
+
+
+def _addition(source: AdditionSource) -> Iterator[tuple[str, str, str, str]]:
+    total = 900 * 900
+    if source.first + source.count > total:
+        raise UserError(f"addition: first + count = {source.first + source.count}, but there are only {total} sums")
+    order = np.random.Generator(np.random.PCG64(20260505)).permutation(total)
+    for index in order[source.first : source.first + source.count]:
+        a, b = 100 + int(index) // 900, 100 + int(index) % 900
+        yield f"{a}+{b}", f"{a}+{b}", f"{a}+{b}", str(a + b)
+
+
+def _reasoning_gym(source: ReasoningGymSource) -> Iterator[tuple[str, str, str, str | None]]:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UserError(
+            "reasoning_gym is not installed; pip install -r requirements-smollm2.txt, or use another source"
+        ) from None
+    for turn, name in enumerate(source.datasets):
+        count = len(range(turn, source.count, len(source.datasets)))
+        try:
+            rows = reasoning_gym.create_dataset(name, seed=source.seed, size=count) if count else []
+        except ValueError as error:
+            raise UserError(f"reasoning_gym: data set {name!r}: {error}") from None
+        for index, row in enumerate(rows):
+            yield f"{name}[{index}]", f"{name}:{source.seed}:{index}", row["question"], row["answer"]

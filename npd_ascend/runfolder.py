@@ -1,0 +1,84 @@
+"""The run folder: where everything lies, whose configuration it is, and who is working on it."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from npd_ascend.config import Config, dump_config, load_config
+from npd_ascend.durable import commit_file
+from npd_ascend.errors import UserError
+from npd_ascend.stream import Stream
+from npd_ascend.weights.disk import DiskChannel
+
+
+class RunFolder:
+    """Paths and handles of one run. The layout is a contract; other tools read it."""
+
+    def __init__(self, config: Config):
+        self.config, self.path = config, config.run.folder
+        self.stream = Stream(self.path / "stream")
+        self.weights = DiskChannel(self.path / "weights")
+        self.checkpoints = self.path / "checkpoints"
+        self.student = self.path / "student"
+        self.logs = self.path / "logs"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+        self.evaluations = self.path / "evaluations.json"
+
+    def generator(self, version: int) -> Path:
+        """Folder with the weights that sample `version`; version 0 of a run without SFT is the student as given."""
+        if version == 0 and self.config.sft is None:
+            return self.config.student.path
+        return self.weights.fetch(version)
+
+
+def open_run(config: Config) -> RunFolder:
+    """Make the folder or continue in it; UserError if it belongs to another configuration."""
+    run = RunFolder(config)
+    saved = run.path / "config.yaml"
+    if saved.exists():
+        was, now = yaml.safe_load(saved.read_text()), yaml.safe_load(dump_config(config))
+        if changed := [f"{key} was {old!r}, is {new!r}" for key, old, new in _differences(was, now)]:
+            raise UserError(
+                f"{saved}: this run was started with another configuration ({'; '.join(changed[:3])}); "
+                f"set run.folder to a new folder or delete {run.path}"
+            )
+    else:
+        with commit_file(saved) as draft:
+            draft.write_text(dump_config(config))
+    run.logs.mkdir(exist_ok=True)
+    return run
+
+
+def reopen_run(folder: Path) -> RunFolder:
+    """The run whose resolved configuration lies in `folder`."""
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: no config.yaml, so not a run folder; start one with `npd run --config FILE`")
+    return RunFolder(load_config(folder / "config.yaml"))
+
+
+@contextmanager
+def working_on(run: RunFolder, role: str) -> Iterator[None]:
+    """Hold RUN/logs/<role>.lock; UserError if a living process has it. The lock dies with its owner."""
+    with (run.logs / f"{role}.lock").open("w") as file:
+        for _ in range(20):  # a killed predecessor may take a moment to be gone
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.25)
+        else:
+            raise UserError(f"{run.path}: another `npd {role}` is working on this run; wait for it or stop it")
+        yield
+
+
+def _differences(was, now, key: str = "") -> Iterator[tuple[str, object, object]]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    elif was != now:
+        yield key, was, now

@@ -1,0 +1,98 @@
+"""RUN/stream: shards of rollouts, scores and decisions; a manifest line is what makes a shard exist.
+
+A shard is written under a draft name, fsynced and renamed; then one line goes to manifest.jsonl. A
+process killed at any instant leaves either no trace or a file without a line, which the next writer
+of that shard replaces.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from npd_ascend.durable import append_line, commit_file, sha256
+from npd_ascend.errors import UserError
+from npd_ascend.stream.schema import from_table, to_table
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One manifest line: shard `shard` of `kind` made with weights `version`."""
+
+    kind: str  # rollouts, scores, decisions
+    version: int
+    shard: int
+    rows: int
+    file: str
+    sha256: str
+
+
+class Stream:
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.manifest = self.folder / "manifest.jsonl"
+
+    def commit(self, kind: str, version: int, shard: int, records: list) -> None:
+        """Write `records` as one shard. The manifest line is the commit point."""
+        path = self.folder / f"{kind}-v{version}-{shard:05d}.parquet"
+        with commit_file(path) as draft:
+            pq.write_table(to_table(kind, records), draft, compression="zstd")
+        append_line(
+            self.manifest, json.dumps(asdict(Entry(kind, version, shard, len(records), path.name, sha256(path))))
+        )
+
+    def entries(self, kind: str, version: int) -> dict[int, Entry]:
+        """Committed shards by number."""
+        if not self.manifest.exists():
+            return {}
+        # a last line without its newline was torn by a kill and never committed
+        lines = self.manifest.read_text().split("\n")[:-1]
+        try:
+            every = [Entry(**json.loads(line)) for line in lines]
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"{self.manifest}: damaged ({error}); delete {self.folder} to make it again") from None
+        return {entry.shard: entry for entry in every if (entry.kind, entry.version) == (kind, version)}
+
+    def read_shard(self, entry: Entry) -> list:
+        """Records of one shard, after its checksum was compared with the manifest's."""
+        path = self.folder / entry.file
+        if not path.exists() or sha256(path) != entry.sha256:
+            state = "differs from the checksum in manifest.jsonl" if path.exists() else "is gone"
+            raise UserError(
+                f"{path}: {state}; remove its line from {self.manifest.name} and run the same command again "
+                f"to make this shard anew"
+            )
+        return from_table(entry.kind, pq.read_table(path))
+
+    def read(self, kind: str, version: int) -> list:
+        """Records of all committed shards, in shard order."""
+        entries = self.entries(kind, version)
+        return [record for shard in sorted(entries) for record in self.read_shard(entries[shard])]
+
+
+def read_table(run: Path) -> pa.Table:
+    """Everything in RUN/stream as one table, a row per rollout; what no later stage has made is null.
+
+    For notebooks and replays: rollouts joined with scores and decisions on sample_id.
+    """
+    joined = _whole_table(Path(run) / "stream", "rollouts")
+    if joined is None:
+        raise UserError(f"{run}/stream: no rollouts; run `npd rollout --run {run}` first")
+    wanted = joined["sample_id"].to_pylist()
+    for kind in ("scores", "decisions"):
+        table = _whole_table(Path(run) / "stream", kind)
+        if table is None:
+            continue
+        row_of = {sample_id: row for row, sample_id in enumerate(table["sample_id"].to_pylist())}
+        aligned = table.take(pa.array([row_of.get(sample_id) for sample_id in wanted], pa.int64()))
+        for name in table.column_names:
+            if name not in joined.column_names:
+                joined = joined.append_column(name, aligned[name])
+    return joined
+
+
+def _whole_table(folder: Path, kind: str) -> pa.Table | None:
+    files = sorted(folder.glob(f"{kind}-v*.parquet"))
+    return pa.concat_tables([pq.read_table(file) for file in files]) if files else None

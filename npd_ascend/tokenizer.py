@@ -1,0 +1,85 @@
+"""The tokenizer of a model folder, its chat format, and a fingerprint to compare two of them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from npd_ascend.errors import UserError
+
+
+class ChatTokenizer:
+    """A Hugging Face fast tokenizer with one fixed convention for training, rollout and evaluation.
+
+    A prompt is the chat template with one user turn and the generation prompt, begun with BOS if the
+    tokenizer has `add_bos_token` and the template does not write it; an answer ends with EOS.
+    """
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer  # half a second, and only some commands need it
+
+        self.folder = Path(folder)
+        if not (self.folder / "tokenizer_config.json").exists():
+            raise UserError(f"{self.folder}/tokenizer_config.json: no such file; a model folder holds its tokenizer")
+        self._tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        if self._tokenizer.chat_template is None:
+            raise UserError(f"{self.folder}: the tokenizer has no chat_template; add one to tokenizer_config.json")
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f"{self.folder}: the tokenizer has no eos_token; add one to tokenizer_config.json")
+        self.eos_id: int = self._tokenizer.eos_token_id
+        self.pad_id: int = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self.eos_id
+        self.vocab_size = len(self._tokenizer)
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self._encode(self._render(text, header=True))
+
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        return (*self._tokenizer(text, add_special_tokens=False).input_ids, self.eos_id)
+
+    def decode_answer(self, token_ids) -> str:
+        """The answer as text, without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def decode_token(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id]))
+
+    def alone_context(self, kind: str) -> tuple[int, ...]:
+        """What an answer is conditioned on when it stands alone: the assistant's header, or BOS only."""
+        if kind == "bos":
+            if self._tokenizer.bos_token_id is None:
+                raise UserError(f"{self.folder}: no bos_token; set teacher.alone_context: assistant_header")
+            return (self._tokenizer.bos_token_id,)
+        turn, with_header = self._render("x", header=False), self._render("x", header=True)
+        if not with_header.startswith(turn) or with_header == turn:
+            raise UserError(
+                f"{self.folder}: the chat template adds no assistant header after the user's turn; "
+                f"set teacher.alone_context: bos"
+            )
+        return self._encode(with_header[len(turn) :])
+
+    def fingerprint(self) -> str:
+        """Hash of every token with its id and of the chat format: equal exactly if two tokenizers agree."""
+        content = [sorted(self._tokenizer.get_vocab().items()), self.eos_id, self._render("x", header=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def difference(self, other: "ChatTokenizer") -> str | None:
+        """The first thing in which the two disagree, None if they agree."""
+        mine, theirs = self._tokenizer.get_vocab(), other._tokenizer.get_vocab()
+        if mine != theirs:
+            token = min(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
+            return f"token {token!r} is {mine.get(token)} in {self.folder} and {theirs.get(token)} in {other.folder}"
+        if self.eos_id != other.eos_id:
+            return f"eos is {self.eos_id} in {self.folder} and {other.eos_id} in {other.folder}"
+        if self.encode_prompt("x") != other.encode_prompt("x"):
+            return f"the chat templates of {self.folder} and {other.folder} render differently"
+        return None
+
+    def _render(self, text: str, *, header: bool) -> str:
+        messages = [{"role": "user", "content": text}]
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
+
+    def _encode(self, rendered: str) -> tuple[int, ...]:
+        ids = tuple(self._tokenizer(rendered, add_special_tokens=False).input_ids)
+        bos = self._tokenizer.bos_token_id
+        if getattr(self._tokenizer, "add_bos_token", False) and bos is not None and ids[:1] != (bos,):
+            return (bos, *ids)
+        return ids

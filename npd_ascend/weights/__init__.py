@@ -1,0 +1,1 @@
+"""Student weights on their way to the generator: whole, numbered, checksummed versions."""

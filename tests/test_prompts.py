@@ -1,0 +1,113 @@
+"""Prompt files: what is wrong is told with the line; what is right is the same every time."""
+
+import json
+
+import pytest
+from conftest import CONFIGS
+
+from npd_ascend.config import AdditionSource, JsonlSource
+from npd_ascend.errors import UserError
+from npd_ascend.prompts import read_prompts
+from npd_ascend.tokenizer import ChatTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatTokenizer(CONFIGS / "addition" / "student")
+
+
+def _read(tokenizer, path, **changes):
+    source = JsonlSource(kind="jsonl", path=path, **changes)
+    return read_prompts(source, tokenizer, key="data.prompts", max_prompt_tokens=12)
+
+
+def test_lines_become_prompts(tokenizer, tmp_path):
+    file = tmp_path / "sums.jsonl"
+    file.write_text('{"prompt": "1+1", "answer": "2"}\n\n{"prompt": "12+3"}\n')
+    one, two = _read(tokenizer, file)
+    assert (one.prompt_id, one.text, one.answer) == ("sums:1", "1+1", "2")
+    assert (two.prompt_id, two.answer) == ("sums:3", None)
+    assert tokenizer.decode_answer(two.token_ids) == "12+3="
+    assert [p.prompt_id for p in _read(tokenizer, file, first=1, count=1)] == ["sums:3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "sums.jsonl:2: not JSON"),
+        ("[1]", "sums.jsonl:2: no text under 'prompt'"),
+        ('{"prompt": ""}', "sums.jsonl:2: no text under 'prompt'"),
+        ('{"question": "1"}', "sums.jsonl:2: no text under 'prompt'"),
+        ('{"prompt": "1+1", "answer": 2}', "sums.jsonl:2: 'answer' is not a text"),
+        (json.dumps({"prompt": "1+" * 9}), "sums.jsonl:2 has 20 tokens, but only 12 fit"),
+    ],
+)
+def test_a_bad_line_is_told_with_its_number(tokenizer, tmp_path, line, said):
+    file = tmp_path / "sums.jsonl"
+    file.write_text('{"prompt": "1+1"}\n' + line + "\n")
+    with pytest.raises(UserError) as error:
+        _read(tokenizer, file)
+    assert said in str(error.value)
+
+
+def test_missing_empty_and_short_files(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        _read(tokenizer, tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"empty.jsonl gives no prompt"):
+        _read(tokenizer, tmp_path / "empty.jsonl")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1+1"}\n')
+    with pytest.raises(UserError, match="has 1 prompts, but first \\+ count ask for 5"):
+        _read(tokenizer, tmp_path / "one.jsonl", count=5)
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a UTF-8 text"):
+        _read(tokenizer, tmp_path / "binary.jsonl")
+
+
+def test_sft_needs_answers(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1+1"}\n')
+    source = JsonlSource(kind="jsonl", path=tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"a.jsonl:1 has no answer, and SFT needs one"):
+        read_prompts(source, tokenizer, key="data.gold", max_prompt_tokens=12, need_answer=True)
+
+
+def test_slices_of_addition_do_not_meet(tokenizer):
+    def texts(first, count):
+        source = AdditionSource(kind="addition", first=first, count=count)
+        return [p.text for p in read_prompts(source, tokenizer, key="k", max_prompt_tokens=60)]
+
+    assert len(set(texts(0, 500) + texts(500, 500))) == 1000
+    assert texts(0, 500)[100:200] == texts(100, 100)
+    with pytest.raises(UserError, match="only 810000 sums"):
+        texts(809_999, 2)
+
+
+def test_the_tokenizer_and_its_header(tokenizer):
+    assert tokenizer.decode_answer(tokenizer.encode_answer("1042")) == "1042"
+    assert tokenizer.encode_answer("7")[-1] == tokenizer.eos_id
+    header = tokenizer.alone_context("assistant_header")
+    assert tokenizer.encode_prompt("1+1")[-len(header) :] == header
+    assert tokenizer.difference(ChatTokenizer(CONFIGS / "addition" / "teacher")) is None
+
+
+@pytest.mark.parametrize("damage", ["vocabulary", "template", "no template", "no tokenizer"])
+def test_tokenizers_that_disagree_are_told_apart(tokenizer, addition_student, damage):
+    if damage == "vocabulary":
+        file = addition_student / "tokenizer.json"
+        swapped = json.loads(file.read_text())
+        vocab = swapped["model"]["vocab"]
+        vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+        file.write_text(json.dumps(swapped))
+        assert "token '3' is" in tokenizer.difference(ChatTokenizer(addition_student))
+    elif damage == "template":
+        file = addition_student / "chat_template.jinja"
+        file.write_text("{{ bos_token }}+=")
+        assert "render differently" in tokenizer.difference(ChatTokenizer(addition_student))
+    elif damage == "no template":
+        (addition_student / "chat_template.jinja").unlink()
+        with pytest.raises(UserError, match="no chat_template"):
+            ChatTokenizer(addition_student)
+    else:
+        (addition_student / "tokenizer_config.json").unlink()
+        with pytest.raises(UserError, match=r"tokenizer_config.json: no such file"):
+            ChatTokenizer(addition_student)

@@ -1,0 +1,143 @@
+"""Shards and manifest: what was committed is there, what was torn never was."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from npd_ascend.durable import commit_file, commit_folder
+from npd_ascend.errors import UserError
+from npd_ascend.records import Decision, Rollout, Score, sample_id
+from npd_ascend.stream import Stream, read_table
+
+
+def rollout(index: int, answer_len: int = 3, **changes) -> Rollout:
+    values = {
+        "sample_id": sample_id(f"p{index}", 0, 0),
+        "prompt_id": f"p{index}",
+        "weight_version": 0,
+        "heldout": False,
+        "token_ids": tuple(range(2 + answer_len)),
+        "prompt_len": 2,
+        "logprobs": -np.arange(answer_len, dtype=np.float32),
+        "finish_reason": "stop",
+    }
+    return Rollout(**values | changes)
+
+
+def score(index: int, answer_len: int = 3) -> Score:
+    return Score(
+        sample_id=sample_id(f"p{index}", 0, 0),
+        weight_version=0,
+        teacher_topk_ids=np.arange(answer_len * 2, dtype=np.int32).reshape(-1, 2),
+        teacher_topk_logprobs=-np.arange(answer_len * 2, dtype=np.float32).reshape(-1, 2),
+        teacher_logprob=-np.arange(answer_len, dtype=np.float32),
+        teacher_entropy=0.5,
+        teacher_loss=1.0,
+        teacher_loss_alone=2.0,
+        student_loss=0.5,
+        student_loss_alone=2.0,
+    )
+
+
+def test_rows_come_back_as_they_went(tmp_path):
+    stream = Stream(tmp_path)
+    stream.commit("rollouts", 0, 1, [rollout(1, 1)])
+    stream.commit("rollouts", 0, 0, [rollout(0), rollout(7, 5, heldout=True, finish_reason="length")])
+    stream.commit("scores", 0, 0, [score(0), score(7, 5)])
+    back = stream.read("rollouts", 0)
+    assert [r.sample_id for r in back] == ["p0/v0/0", "p7/v0/0", "p1/v0/0"]
+    assert back[1].token_ids == tuple(range(7))
+    assert back[1].heldout
+    assert np.array_equal(back[1].logprobs, rollout(7, 5).logprobs)
+    got = stream.read("scores", 0)[1]
+    assert np.array_equal(got.teacher_topk_ids, score(7, 5).teacher_topk_ids)
+    assert np.array_equal(got.teacher_topk_logprobs, score(7, 5).teacher_topk_logprobs)
+    assert stream.read("rollouts", 1) == []
+
+
+def test_an_empty_shard_is_a_shard(tmp_path):
+    stream = Stream(tmp_path)
+    stream.commit("scores", 0, 0, [])
+    assert stream.read("scores", 0) == []
+    assert stream.entries("scores", 0)[0].rows == 0
+
+
+def test_the_stream_is_one_table(tmp_path):
+    stream = Stream(tmp_path / "stream")
+    stream.commit("rollouts", 0, 0, [rollout(0), rollout(1)])
+    stream.commit("scores", 0, 0, [score(1)])
+    decision = Decision(
+        sample_id="p1/v0/0",
+        weight_version=0,
+        kept=True,
+        reason="kept",
+        ifd_teacher=0.5,
+        ifd_student=0.25,
+        ifd_delta=0.25,
+    )
+    stream.commit("decisions", 0, 0, [decision])
+    rows = read_table(tmp_path).to_pylist()
+    assert [row["kept"] for row in rows] == [None, True]
+    assert rows[1]["teacher_topk_ids"] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_torn_manifest_line_never_was_and_does_not_spoil_the_next(tmp_path):
+    stream = Stream(tmp_path)
+    stream.commit("rollouts", 0, 0, [rollout(0)])
+    with stream.manifest.open("a") as file:
+        file.write('{"kind": "rollouts", "version": 0, "sha')
+    assert list(stream.entries("rollouts", 0)) == [0]
+    stream.commit("rollouts", 0, 1, [rollout(1)])
+    assert list(stream.entries("rollouts", 0)) == [0, 1]
+
+
+def test_a_corrupted_shard_is_named_and_one_that_is_gone_too(tmp_path):
+    stream = Stream(tmp_path)
+    stream.commit("rollouts", 0, 0, [rollout(0)])
+    file = tmp_path / "rollouts-v0-00000.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"rollouts-v0-00000.parquet: differs from the checksum"):
+        stream.read("rollouts", 0)
+    file.unlink()
+    with pytest.raises(UserError, match="is gone"):
+        stream.read("rollouts", 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompt_len": 5}, {"prompt_len": 0}, {"logprobs": np.zeros(2, np.float32)}, {"finish_reason": "eos"}],
+)
+def test_a_rollout_that_contradicts_itself_is_refused(changes):
+    with pytest.raises(ValueError, match="p0/v0/0"):
+        rollout(0, **changes)
+
+
+def _fail_half_way(draft):
+    (draft / "x" if draft.is_dir() else draft).write_text("half")
+    raise RuntimeError
+
+
+def test_a_block_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), commit_file(tmp_path / "a") as draft:
+        _fail_half_way(draft)
+    with pytest.raises(RuntimeError), commit_folder(tmp_path / "b") as draft:
+        _fail_half_way(draft)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+    code = (
+        "import os, signal, pathlib; from npd_ascend.durable import commit_file\n"
+        f"with commit_file(pathlib.Path({str(tmp_path / 'a')!r})) as draft:\n"
+        "    draft.write_text('new'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert (tmp_path / "a").read_text() == "old"
+    with commit_file(tmp_path / "a") as draft:
+        draft.write_text("newer")
+    assert (tmp_path / "a").read_text() == "newer"
