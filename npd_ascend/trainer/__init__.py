@@ -1,0 +1,1 @@
+"""Packs into gradients, gradients into weights."""

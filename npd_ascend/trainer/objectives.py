@@ -1,0 +1,97 @@
+"""SFT and NPD as targets of one operation, npd_kernels.token_loss.
+
+NPD, per answer token with sampled token y and the teacher's top-k set C (NPD paper, its loss equation):
+    L = (1-λ)·(-log p_S(y)) + λ·Σ_{c∈C} p_T(c)·(log p_T(c) - log p_S(c))
+is a cross-entropy against the sparse soft target {y: 1-λ} ∪ {c: λ·p_T(c)} plus a constant. SFT is λ = 0
+without C. p_S is over the full vocabulary; p_T is renormalised over C, or keeps its full-vocabulary
+values with one tail bucket for everything outside C (`targets: tail`).
+
+Dimensions: A answer tokens of a pack, K = teacher's top-k, S = K + 1 target slots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from npd_ascend.packing import PackLayout, lay_out
+from npd_ascend.records import Sample
+from npd_kernels.token_loss import token_logprobs, token_loss
+
+# Below this the student's tail mass is rounding noise of 1 - sum(p).
+_TAIL_FLOOR = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """lambda_ = 0 is SFT and needs no teacher columns."""
+
+    lambda_: float = 0.0
+    targets: str = "renormalised"  # or "tail"
+    normalise: str = "token"  # weight of a token: token 1, sample 1/len, sqrt 1/sqrt(len)
+    loss_impl: str = "chunked"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One pack with its targets, on the device."""
+
+    layout: PackLayout
+    target_ids_AS: torch.Tensor  # int64, slot 0 the given token, then the teacher's top-k
+    teacher_probs_AK: torch.Tensor | None  # float32, renormalised or full-vocabulary values
+    token_weight_A: torch.Tensor  # float32
+
+    @property
+    def weight_sum(self) -> float:
+        """What the loss is divided by, once, after it was summed over the whole global batch."""
+        return float(self.token_weight_A.sum(dtype=torch.float64))
+
+
+def make_batch(samples: Sequence[Sample], objective: Objective, device: torch.device) -> Batch:
+    """Lay the samples of one pack out with the targets of `objective`."""
+    layout = lay_out([(sample.token_ids, sample.prompt_len) for sample in samples], device)
+    lens = torch.tensor(layout.answer_lens)
+    per_sample = {"token": torch.ones(len(lens)), "sample": 1 / lens, "sqrt": lens.rsqrt()}[objective.normalise]
+    token_weight_A = per_sample.float().repeat_interleave(lens).to(device)
+    ids_AS, probs_AK = layout.answer_ids_A[:, None], None
+    if objective.lambda_ > 0:
+        topk_ids_AK = torch.from_numpy(np.concatenate([sample.teacher_topk_ids for sample in samples])).long()
+        logprobs_AK = torch.from_numpy(np.concatenate([sample.teacher_topk_logprobs for sample in samples]))
+        renormalise = objective.targets == "renormalised"
+        probs_AK = (logprobs_AK.softmax(-1) if renormalise else logprobs_AK.exp()).to(device)
+        ids_AS = torch.cat([ids_AS, topk_ids_AK.to(device)], 1)
+    return Batch(layout, ids_AS, probs_AK, token_weight_A)
+
+
+def batch_loss(
+    hidden_AD: torch.Tensor, weight_VD: torch.Tensor, batch: Batch, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss_sum, loss_A): the weighted sum in nats with gradients, and each token's loss, detached."""
+    if batch.teacher_probs_AK is not None and objective.targets == "tail":
+        return _tail_loss(hidden_AD, weight_VD, batch, objective)
+    weights_AS, constant_A = soft_target(batch, objective.lambda_)
+    loss_sum, loss_A = token_loss(
+        hidden_AD, weight_VD, batch.target_ids_AS, weights_AS, batch.token_weight_A, impl=objective.loss_impl
+    )
+    return loss_sum + (batch.token_weight_A * constant_A).sum(), loss_A + constant_A
+
+
+def soft_target(batch: Batch, lambda_: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights_AS, constant_A): slot weights, and λ·Σ p_T log p_T, the part of KL that has no gradient."""
+    given_A1 = torch.full_like(batch.token_weight_A[:, None], 1 - lambda_)
+    if batch.teacher_probs_AK is None:
+        return given_A1, torch.zeros_like(batch.token_weight_A)
+    negentropy_A = torch.xlogy(batch.teacher_probs_AK, batch.teacher_probs_AK).sum(-1)
+    return torch.cat([given_A1, lambda_ * batch.teacher_probs_AK], 1), lambda_ * negentropy_A
+
+
+def _tail_loss(hidden_AD, weight_VD, batch: Batch, objective: Objective):
+    logprobs_AS = token_logprobs(hidden_AD, weight_VD, batch.target_ids_AS, impl=objective.loss_impl)
+    given_A, topk_AK, probs_AK = logprobs_AS[:, 0], logprobs_AS[:, 1:], batch.teacher_probs_AK
+    teacher_tail_A = (1 - probs_AK.sum(-1)).clamp(min=0)
+    student_tail_A = (1 - topk_AK.exp().sum(-1)).clamp(min=_TAIL_FLOOR)
+    kl_A = torch.xlogy(probs_AK, probs_AK).sum(-1) - (probs_AK * topk_AK).sum(-1)
+    kl_A = kl_A + torch.xlogy(teacher_tail_A, teacher_tail_A) - teacher_tail_A * student_tail_A.log()
+    loss_A = -(1 - objective.lambda_) * given_A + objective.lambda_ * kl_A
+    return (batch.token_weight_A * loss_A).sum(), loss_A.detach()

@@ -1,0 +1,60 @@
+"""Checkpoints and weight versions: whole or not at all, checksummed, the one before is used."""
+
+import pytest
+import torch
+from conftest import CONFIGS
+
+from npd_ascend.checkpoint import load_checkpoint, save_checkpoint
+from npd_ascend.errors import UserError
+from npd_ascend.model.load import random_decoder
+from npd_ascend.weights.disk import DiskChannel
+
+
+def _state(value):
+    return {"master/w": torch.full((3,), float(value))}
+
+
+def test_the_newest_comes_back_and_two_are_kept(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, _state(step), {"epoch": 0, "step": step})
+    tensors, cursor = load_checkpoint(tmp_path)
+    assert tensors["master/w"][0] == 3
+    assert cursor["step"] == 3
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "torn", "no cursor"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damage, caplog):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, _state(step), {"epoch": 0, "step": step})
+    file = tmp_path / "step-00000002" / "state.safetensors"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "torn":
+        file.write_bytes(file.read_bytes()[:-2])
+    else:
+        (tmp_path / "step-00000002" / "cursor.json").unlink()
+    _, cursor = load_checkpoint(tmp_path)
+    assert cursor["step"] == 1
+    assert "step-00000002: damaged" in caplog.text
+    save_checkpoint(tmp_path, 2, _state(2), {"epoch": 0, "step": 2})  # the name is free again
+    assert load_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_a_weight_version_whose_bytes_changed_is_refused(tmp_path):
+    source = CONFIGS / "addition" / "student"
+    model = random_decoder(source, seed=0, dtype=torch.float32, device=torch.device("cpu"), attention_impl="sdpa")
+    channel = DiskChannel(tmp_path)
+    with pytest.raises(UserError, match="version 0 is not published"):
+        channel.fetch(0)
+    channel.publish(0, model, source)
+    assert channel.versions() == [0]
+    file = channel.fetch(0) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="differs from its checksum"):
+        channel.fetch(0)

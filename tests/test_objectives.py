@@ -1,0 +1,168 @@
+"""SFT and NPD on numbers worked by hand, and independence of how samples are packed and split."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS
+
+from npd_ascend.config import OptimizerConfig
+from npd_ascend.errors import UserError
+from npd_ascend.model.load import random_decoder
+from npd_ascend.records import Sample
+from npd_ascend.trainer.objectives import Objective, batch_loss, make_batch
+from npd_ascend.trainer.optimizer import MasterAdamW
+from npd_ascend.trainer.schedule import learning_rate
+from npd_ascend.trainer.step import train_step
+
+CPU = torch.device("cpu")
+
+
+def _one_token(logits, target, topk, lambda_, targets="renormalised"):
+    """Loss of one answer token whose student logits are `logits`."""
+    ids, probs = np.array([list(topk)], np.int32), np.log(np.array([list(topk.values())], np.float32))
+    sample = Sample(
+        sample_id="a", token_ids=(0, target), prompt_len=1, teacher_topk_ids=ids, teacher_topk_logprobs=probs
+    )
+    objective = Objective(lambda_=lambda_, targets=targets)
+    batch = make_batch([sample], objective, CPU)
+    weight_VD = torch.tensor(logits)[:, None]
+    return float(batch_loss(torch.ones(1, 1), weight_VD, batch, objective)[0])
+
+
+LOGITS = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
+
+
+def test_npd_loss_by_hand():
+    # teacher top-2 {0: 0.6, 2: 0.2} renormalises to {0: 3/4, 2: 1/4}; sampled token 1
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.15)
+    wanted = 0.1 * -math.log(0.3) + 0.9 * kl
+    assert _one_token(LOGITS, 1, {0: 0.6, 2: 0.2}, 0.9) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_tail_bucket_by_hand():
+    kl = 0.6 * math.log(0.6 / 0.5) + 0.2 * math.log(0.2 / 0.15) + 0.2 * math.log(0.2 / 0.35)
+    wanted = 0.1 * -math.log(0.3) + 0.9 * kl
+    assert _one_token(LOGITS, 1, {0: 0.6, 2: 0.2}, 0.9, "tail") == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["renormalised", "tail"])
+def test_a_student_that_equals_the_teacher_has_zero_kl(targets):
+    everything = dict(enumerate((0.5, 0.3, 0.15, 0.05)))
+    assert _one_token(LOGITS, 1, everything, 1.0, targets) == pytest.approx(0, abs=1e-5)
+
+
+def test_sft_is_plain_cross_entropy():
+    assert _one_token(LOGITS, 2, {0: 0.9}, 0.0) == pytest.approx(-math.log(0.15), rel=1e-5)
+
+
+def _samples(lengths, vocab_size, top_k=5, seed=0):
+    """Ragged, prompts of 1 to 3 tokens, teacher distributions decades apart."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    samples = []
+    for i, length in enumerate(lengths):
+        prompt_len = 1 + i % 3
+        logits = random.normal(0, 10.0 ** (i % 3 - 1), (length, vocab_size))
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = np.argsort(-logprobs, -1)[:, :top_k].astype(np.int32)
+        samples.append(
+            Sample(
+                sample_id=f"s{i}",
+                token_ids=tuple(random.integers(0, vocab_size, prompt_len + length).tolist()),
+                prompt_len=prompt_len,
+                teacher_topk_ids=ids,
+                teacher_topk_logprobs=np.take_along_axis(logprobs, ids, -1).astype(np.float32),
+            )
+        )
+    return samples
+
+
+def _gradients(split, objective, attention="sdpa"):
+    """(loss, gradients) of one step over packs given as lists of samples; the update itself is lr 0."""
+    model = random_decoder(
+        CONFIGS / "addition" / "student", seed=0, dtype=torch.float32, device=CPU, attention_impl=attention
+    )
+    optimizer = MasterAdamW(model, OptimizerConfig(clip_norm=1e9))
+    grads = {}
+    optimizer.step = lambda lr: grads.update({name: p.grad.clone() for name, p in model.named_parameters()})
+    stats = train_step(model, [make_batch(pack, objective, CPU) for pack in split], optimizer, objective, lr=0.0)
+    return stats.loss, grads
+
+
+SAMPLES = _samples([1, 20, 3, 7, 7, 2, 1, 13], 15)
+SPLITS = {
+    "each alone": [[s] for s in SAMPLES],
+    "two packs": [SAMPLES[:3], SAMPLES[3:]],
+    "backwards": [SAMPLES[::-1]],
+    "uneven": [SAMPLES[1:], SAMPLES[:1]],
+}
+
+
+@pytest.mark.parametrize("normalise", ["token", "sample", "sqrt"])
+@pytest.mark.parametrize("targets", ["renormalised", "tail"])
+@pytest.mark.parametrize("split", list(SPLITS))
+def test_packing_and_splitting_change_nothing(split, targets, normalise, monkeypatch):
+    objective = Objective(lambda_=0.9, targets=targets, normalise=normalise)
+    wanted_loss, wanted = _gradients(
+        [SAMPLES], Objective(lambda_=0.9, targets=targets, normalise=normalise, loss_impl="reference"), "reference"
+    )
+    for chunk_bytes in (4 * 15 * 3, 2**20):  # three rows a chunk, or everything at once
+        monkeypatch.setattr("npd_kernels.token_loss.impl_chunked.CHUNK_BYTES", chunk_bytes)
+        loss, grads = _gradients(SPLITS[split], objective)
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        for name, grad in wanted.items():
+            assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-9, name
+
+
+def test_a_mean_of_means_would_be_seen():
+    """Planted mistake: dividing each pack by its own token count moves the loss far outside the tolerance."""
+    objective = Objective(lambda_=0.9)
+    wanted, _ = _gradients([SAMPLES], objective)
+    means = [_gradients([pack], objective)[0] for pack in SPLITS["two packs"]]
+    assert abs(sum(means) / 2 - wanted) > 1e-3 * abs(wanted)
+
+
+def test_normalisation_by_hand():
+    """Two samples of 1 and 4 answer tokens: token weights 1, 1/len, 1/sqrt(len)."""
+    two = _samples([1, 4], 15)
+    per_sample = [_gradients([[sample]], Objective(lambda_=0.9))[0] for sample in two]
+    for normalise, weights in {"token": (1, 4), "sample": (1, 1), "sqrt": (1, 2)}.items():
+        wanted = (weights[0] * per_sample[0] + weights[1] * per_sample[1]) / sum(weights)
+        assert _gradients([two], Objective(lambda_=0.9, normalise=normalise))[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_bfloat16_keeps_float32_masters():
+    """An update far below bfloat16's rounding is lost without masters and adds up with them."""
+    model = random_decoder(
+        CONFIGS / "addition" / "student", seed=0, dtype=torch.bfloat16, device=CPU, attention_impl="sdpa"
+    )
+    objective, before = Objective(lambda_=0.9), model.layers[0].mlp.down.weight.float().clone()
+    optimizer = MasterAdamW(model, OptimizerConfig())
+    for _ in range(300):
+        train_step(model, [make_batch(SAMPLES, objective, CPU)], optimizer, objective, lr=1e-6)
+    moved = (model.layers[0].mlp.down.weight.float() - before).abs().max()
+    assert moved > 1e-4
+    assert model.layers[0].mlp.down.weight.dtype == torch.bfloat16
+    lost = before.bfloat16() - torch.tensor(1e-6).bfloat16()
+    assert ((lost.float() - before).abs() > 0).float().mean() < 0.1  # one such step alone rounds away almost everywhere
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
+    model = random_decoder(
+        CONFIGS / "addition" / "student", seed=0, dtype=torch.float32, device=CPU, attention_impl="sdpa"
+    )
+    with torch.no_grad():
+        model.layers[0].mlp.down.weight[0, 0] = float("nan")
+    before = [p.clone() for p in model.parameters()]
+    objective, optimizer = Objective(), MasterAdamW(model, OptimizerConfig())
+    with pytest.raises(UserError, match="the loss is nan"):
+        train_step(model, [make_batch(SAMPLES, objective, CPU)], optimizer, objective, lr=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before[1:3], list(model.parameters())[1:3], strict=True))
+
+
+def test_learning_rate_is_one_cosine_over_all_epochs():
+    config = OptimizerConfig(lr=1e-5, min_lr=1e-6, warmup_steps=10)
+    assert learning_rate(0.0, 0, config) == pytest.approx(1e-6)  # a tenth of the way up
+    assert learning_rate(0.5, 500, config) == pytest.approx(5.5e-6)
+    assert learning_rate(1.0, 999, config) == pytest.approx(1e-6)
