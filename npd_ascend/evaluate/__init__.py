@@ -1,0 +1,1 @@
+"""Scores of the student before, between and after, and of the teacher."""

@@ -1,0 +1,91 @@
+"""Greedy answers to the held-out prompts against their reference answers."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+from npd_ascend.config import Config
+from npd_ascend.device import DTYPES, open_device
+from npd_ascend.durable import commit_file
+from npd_ascend.model.load import save_decoder
+from npd_ascend.progress import progress
+from npd_ascend.prompts import read_heldout
+from npd_ascend.records import Prompt
+from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.hf_engine import HfEngine
+from npd_ascend.runfolder import RunFolder
+from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.stages import start_student
+
+
+def run_evaluations(run: RunFolder) -> dict[str, dict]:
+    """Evaluate every model of the run that is there and not yet evaluated; returns RUN/evaluations.json.
+
+    Names: start, sft, npd, teacher. Without reference answers in data.heldout there is nothing to match
+    and the file is an empty object.
+    """
+    done = json.loads(run.evaluations.read_text()) if run.evaluations.exists() else {}
+    tokenizer = ChatTokenizer(run.config.student.path)
+    heldout = read_heldout(run.config, tokenizer, run.config.evaluate.max_new_tokens)
+    prompts = [prompt for prompt in heldout if prompt.answer is not None]
+    for name in models(run) if prompts else []:
+        if name in done:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            done[name] = exact_match(run.config, _folder(run, name, Path(scratch)), tokenizer, prompts, name)
+        _save(run, done)
+    if not run.evaluations.exists():
+        _save(run, done)
+    return done
+
+
+def models(run: RunFolder) -> list[str]:
+    """Those that exist by now."""
+    config, names = run.config, ["start"]
+    sft_done = (0 in run.weights.versions()) if config.npd else run.student.exists()
+    names += ["sft"] if config.sft and sft_done else []
+    names += ["npd"] if config.npd and run.student.exists() else []
+    names += ["teacher"] if config.teacher else []
+    return names
+
+
+def exact_match(config: Config, folder: Path, tokenizer: ChatTokenizer, prompts: list[Prompt], name: str) -> dict:
+    """Share of greedy answers that equal the reference, and its standard error."""
+    engine = HfEngine(
+        dtype=DTYPES[config.student.dtype],
+        device=open_device(config.device.kind, config.device.threads),
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
+    engine.load_weights(folder)
+    right, size = 0, config.evaluate.batch_size
+    with progress(f"eval {name}", len(prompts), "prompts") as bar:
+        for batch in (prompts[at : at + size] for at in range(0, len(prompts), size)):
+            requests = [Request(p.token_ids, config.evaluate.max_new_tokens, 0) for p in batch]
+            completions = engine.generate(requests, Sampling(temperature=0))
+            answers = [tokenizer.decode_answer(completion.token_ids).strip() for completion in completions]
+            right += sum(answer == prompt.answer.strip() for answer, prompt in zip(answers, batch, strict=True))
+            bar.update(len(batch))
+    share = right / len(prompts)
+    return {
+        "exact_match": share,
+        "standard_error": math.sqrt(share * (1 - share) / len(prompts)),
+        "prompts": len(prompts),
+    }
+
+
+def _folder(run: RunFolder, name: str, scratch: Path) -> Path:
+    if name == "start" and run.config.student.init == "random":
+        save_decoder(start_student(run.config), run.config.student.path, scratch)
+        return scratch
+    if name == "sft" and run.config.npd:
+        return run.weights.fetch(0)
+    if name == "teacher":
+        return run.config.teacher.path
+    return run.config.student.path if name == "start" else run.student
+
+
+def _save(run: RunFolder, evaluations: dict) -> None:
+    with commit_file(run.evaluations) as draft:
+        draft.write_text(json.dumps(evaluations, indent=2) + "\n")

@@ -1,0 +1,39 @@
+"""What a generation engine must do: token ids in; token ids, raw log-probs and finish reason out.
+
+The shape is vLLM's: a batch of requests with their own seeds and limits, one sampling rule.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    token_ids: tuple[int, ...]  # the prompt
+    max_new_tokens: int
+    seed: int  # draws of this request alone, whatever it is batched with
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    token_ids: tuple[int, ...]  # the answer, its end token included
+    logprobs: np.ndarray  # float32 [A], nats, at temperature 1 over the full vocabulary
+    finish_reason: str  # "stop" or "length"
+
+
+class Engine(Protocol):
+    def load_weights(self, folder: Path) -> None:
+        """Take the weights of a Hugging Face folder, whatever was loaded before."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in order."""

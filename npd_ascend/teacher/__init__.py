@@ -1,0 +1,1 @@
+"""The teacher only prefills: top-k targets and both halves of IFD."""
