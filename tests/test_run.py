@@ -1,0 +1,267 @@
+"""The whole recipe on real files and real processes: outputs, recomputation, kills, full disk, bad teachers.
+
+The recipe is configs/addition_cpu.yaml made small; what it learns is measured elsewhere (benchmarks/).
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from npd_ascend.filters.ifd import ifd
+from npd_ascend.metrics import read_metrics
+from npd_ascend.stream import Stream
+from npd_ascend.tokenizer import ChatTokenizer
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "data.gold.count=200",
+    "data.prompts.count=300",
+    "data.heldout.count=60",
+    "sft.epochs=4",
+    "sft.checkpoint_every_steps=2",
+    "npd.epochs=4",
+    "npd.refresh_after=[2]",
+    "npd.checkpoint_every_steps=3",
+    "npd.pack_tokens=512",
+    "rollout.batch_size=64",
+    "filters.tau=3",
+    "filters.min_answer_tokens=2",
+    "device.threads=1",
+]
+
+
+def command(name: str, folder: Path, *more: str) -> list[str]:
+    config = ["--config", str(CONFIGS / "addition_cpu.yaml")]
+    return [sys.executable, "-m", "npd_ascend", name, *config, f"run.folder={folder}", *SMALL, *more]
+
+
+def npd(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(name, folder, *more), capture_output=True, text=True, check=False)
+
+
+def refused(done: subprocess.CompletedProcess) -> str:
+    """The one line of a UserError."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return next(line for line in reversed(done.stderr.splitlines()) if line.startswith("npd "))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    done = npd("run", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_all_it_promises(reference):
+    for name in ("config.yaml", "stream/manifest.jsonl", "metrics.jsonl", "tensorboard", "summary.json", "report.html"):
+        assert (reference / name).exists(), name
+    summary = json.loads((reference / "summary.json").read_text())
+    assert list(summary["scores"]) == ["start", "sft", "npd", "teacher"]
+    assert summary["scores"]["teacher"] > 0.99
+    model = AutoModelForCausalLM.from_pretrained(reference / "student")
+    assert isinstance(model, LlamaForCausalLM)
+    page = (reference / "report.html").read_text()
+    assert "<svg" in page or "data:image/png" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    steps = [row["step"] for row in read_metrics(reference) if row["stage"] == "npd" and "train/loss" in row]
+    assert steps == list(range(len(steps)))
+
+
+def test_every_rollout_is_accounted_for(reference):
+    stream = Stream(reference / "stream")
+    for version in (0, 1):
+        rollouts, decisions = stream.read("rollouts", version), stream.read("decisions", version)
+        assert len(rollouts) == 360 == len({r.sample_id for r in rollouts})
+        assert [d.sample_id for d in decisions] == [r.sample_id for r in rollouts]
+        assert sum(d.reason == "heldout" for d in decisions) == 60
+        scored = {s.sample_id for s in stream.read("scores", version)}
+        assert scored == {d.sample_id for d in decisions if d.ifd_delta is not None}
+        assert {d.sample_id for d in decisions if d.kept} <= scored
+
+
+@torch.inference_mode()
+def test_plain_transformers_gives_the_same_scores_for_every_row(reference):
+    """Teacher top-k, all four IFD losses and the decisions, one sample at a time, fp32, 1e-4."""
+    teacher = AutoModelForCausalLM.from_pretrained(CONFIGS / "addition" / "teacher")
+    tokenizer = ChatTokenizer(CONFIGS / "addition" / "student")
+    context = list(tokenizer.alone_context("assistant_header"))
+    stream, worst = Stream(reference / "stream"), 0.0
+    for version in (0, 1):
+        student = AutoModelForCausalLM.from_pretrained(reference / "weights" / f"v{version}")
+        scores = {score.sample_id: score for score in stream.read("scores", version)}
+        decisions = {decision.sample_id: decision for decision in stream.read("decisions", version)}
+        for rollout in stream.read("rollouts", version):
+            answer = torch.tensor(rollout.token_ids[rollout.prompt_len :])
+
+            def logprobs(model, prefix, answer=answer):
+                ids = torch.cat([torch.tensor(prefix), answer])
+                return model(ids[None]).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+
+            prompt = list(rollout.token_ids[: rollout.prompt_len])
+            picked = logprobs(student, prompt).gather(1, answer[:, None])[:, 0].numpy()
+            worst = max(worst, np.abs(picked - rollout.logprobs).max())
+            if rollout.sample_id not in scores:
+                continue
+            score, given = scores[rollout.sample_id], logprobs(teacher, prompt)
+            top = given.topk(10)
+            worst = max(worst, float((top.values - torch.from_numpy(score.teacher_topk_logprobs)).abs().max()))
+            stored = given.gather(1, torch.from_numpy(score.teacher_topk_ids).long())
+            worst = max(worst, float((top.values - stored).abs().max()))  # the same ids, up to exact ties
+            losses = [
+                -float(logprobs(model, prefix).gather(1, answer[:, None]).mean())
+                for model, prefix in ((teacher, prompt), (teacher, context), (student, prompt), (student, context))
+            ]
+            mine = (score.teacher_loss, score.teacher_loss_alone, score.student_loss, score.student_loss_alone)
+            worst = max(worst, *(abs(a - b) for a, b in zip(losses, mine, strict=True)))
+            delta = ifd(losses[0], losses[1], "loss") - ifd(losses[2], losses[3], "loss")
+            decision = decisions[rollout.sample_id]
+            if not rollout.heldout and min(abs(delta), abs(delta - 3)) > 1e-3:
+                assert decision.kept == (0 <= delta <= 3)
+    assert worst < 1e-4
+
+
+def test_stages_by_hand_give_the_same_weights(reference, tmp_path):
+    folder = tmp_path / "run"
+    assert "nothing is scored yet" in refused(npd("distill", folder))
+    assert npd("sft", folder).returncode == 0
+    by_run = [sys.executable, "-m", "npd_ascend"]
+    assert "0 of 6 rollout shards of version 0" in refused(npd("score", folder))
+    for version in "01":
+        for stage in (["rollout", "--version", version], ["score", "--version", version], ["distill"]):
+            subprocess.run([*by_run, stage[0], "--run", str(folder), *stage[1:]], check=True, capture_output=True)
+    assert weights(folder) == weights(reference)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(reference):
+    said = refused(npd("run", reference, "npd.lambda=0.5"))
+    assert "npd.lambda was 0.9, is 0.5" in said
+
+
+def run_with_kills(folder: Path, moments: list[float], seed: int) -> int:
+    """Start the run again after every SIGKILL; odd kills hit only the stage, even ones the supervisor too."""
+    rng, kills = random.Random(seed), 0
+    for moment in moments:
+        process = subprocess.Popen(
+            command("run", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(moment)
+        if process.poll() is not None:
+            break
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+        pids = [int(pid) for pid in children.stdout.split()]
+        if pids and rng.random() < 0.5:
+            os.kill(pids[0], signal.SIGKILL)  # the supervisor starts the stage again by itself
+            kills += 1
+            time.sleep(rng.uniform(1, 5))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    done = npd("run", folder)
+    assert done.returncode == 0, done.stderr
+    return kills
+
+
+def test_killed_at_random_and_started_again_it_ends_with_equal_bits(reference, tmp_path):
+    """A few kill points here; benchmarks/kill_points.py does many."""
+    seed = int(os.environ.get("NPD_KILL_SEED", time.time()))
+    moments = [random.Random(seed).uniform(4, 14) for _ in range(4)]
+    print(f"NPD_KILL_SEED={seed}")
+    assert run_with_kills(tmp_path / "run", moments, seed) >= 3
+    assert weights(tmp_path / "run") == weights(reference)
+
+
+@pytest.fixture
+def broken_teacher(tmp_path) -> Path:
+    """The teacher's folder with random weights, as a failed download or a lost update leaves it."""
+    folder = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "teacher"))
+    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(folder).config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_teacher_that_knows_nothing_stops_the_run(broken_teacher, tmp_path):
+    said = refused(npd("run", tmp_path / "run", f"teacher.path={broken_teacher}", "sft.epochs=1"))
+    assert "the teacher's loss on 60 reference answers" in said or "npd run" in said
+    log = (tmp_path / "run" / "logs").glob("*.log")
+    assert not (tmp_path / "run" / "student").exists()
+    assert Stream(tmp_path / "run" / "stream").entries("scores", 0) == {}
+    assert list(log)
+
+
+def test_other_vocabularies_are_refused_before_anything_starts(tmp_path):
+    folder = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "teacher"))
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+    file.write_text(json.dumps(tokenizer))
+    said = refused(npd("run", tmp_path / "run", f"teacher.path={folder}", "--dry-run"))
+    assert "do not share a vocabulary: token '3' is 9" in said or "token '3' is 8" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_heldout_prompts_that_are_trained_on_are_refused(tmp_path):
+    said = refused(npd("run", tmp_path / "run", "data.heldout.first=10", "--dry-run"))
+    assert "data.gold: 60 prompts also stand in data.heldout" in said
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(reference, tmp_path):
+    said = refused(npd("sft", tmp_path / "run", "sft.optimizer.lr=1e30", "sft.checkpoint_every_steps=1"))
+    assert "the last checkpoint is good" in said
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_a_corrupted_shard_stops_the_stage_that_reads_it(reference, tmp_path):
+    folder = Path(shutil.copytree(reference, tmp_path / "run"))
+    shutil.rmtree(folder / "student")
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(str(reference), str(folder)))
+    shard = folder / "stream" / "scores-v1-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "scores-v1-00000.parquet: differs from the checksum" in refused(npd("distill", folder))
+
+
+def _mounted(folder: Path, size: str) -> bool:
+    folder.mkdir()
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=False).returncode == 0
+
+
+def test_on_a_full_disk_it_stops_and_goes_on_when_there_is_room(reference, tmp_path):
+    """A real file system of 6 MB; what was committed before it was full is kept."""
+    disk = tmp_path / "disk"
+    if os.geteuid() != 0 or not _mounted(disk, "6m"):
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        filler = disk / "filler"
+        filler.write_bytes(b"0" * 3_000_000)
+        done = npd("sft", disk / "run")
+        assert "the disk is full" in refused(done)
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        assert npd("run", disk / "run").returncode == 0
+        assert weights(disk / "run") == weights(reference)
+    finally:
+        subprocess.run(["umount", disk], check=True)
