@@ -53,11 +53,10 @@ def commit_folder(path: Path) -> Iterator[Path]:
 def append_line(path: Path, line: str) -> None:
     """Append one line durably. A torn last line, left by a killed writer, is cut off first."""
     with _disk_full_is_said(path), path.open("ab+") as file:
-        size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        if whole < size:
-            file.truncate(whole)
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
