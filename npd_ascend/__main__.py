@@ -9,10 +9,12 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
-from npd_ascend.runfolder import RunFolder, open_run, reopen_run, working_on
+
+if TYPE_CHECKING:
+    from npd_ascend.runfolder import RunFolder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open(args: argparse.Namespace) -> RunFolder:
+# Everything below imports what it needs when it is called: `npd --help` and a typo should not wait for torch.
+def _open(args: argparse.Namespace) -> "RunFolder":
+    from npd_ascend.config import load_config
+    from npd_ascend.runfolder import open_run, reopen_run
+
     if args.run and args.overrides:
         raise UserError(f"overrides ({args.overrides[0]}) go with --config; a run folder keeps its configuration")
     run = reopen_run(args.run) if args.run else open_run(load_config(args.config, args.overrides))
@@ -74,6 +80,9 @@ def _open(args: argparse.Namespace) -> RunFolder:
 
 def _stage(args: argparse.Namespace, work) -> int:
     """Run one stage alone on its run folder and keep its wall time."""
+    from npd_ascend.durable import append_line
+    from npd_ascend.runfolder import working_on
+
     run = _open(args)
     version = getattr(args, "version", None)
     name = args.command if version is None else f"{args.command}-v{version}"
@@ -81,14 +90,14 @@ def _stage(args: argparse.Namespace, work) -> int:
         started = time.time()
         work(run) if version is None else work(run, version)
         row = {"stage": name, "started": started, "seconds": time.time() - started}
-        with (run.logs / "stages.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(run.logs / "stages.jsonl", json.dumps(row))
     return 0
 
 
-# Stages import what they need when they are called: `npd --help` and a typo should not wait for torch.
 def _run(args: argparse.Namespace) -> int:
+    from npd_ascend.config import load_config
     from npd_ascend.preflight import check_run
+    from npd_ascend.runfolder import reopen_run, working_on
     from npd_ascend.supervisor import run_recipe
 
     if args.dry_run:

@@ -67,10 +67,15 @@ class AdditionSource(_Section):
 
 
 class ReasoningGymSource(_Section):
-    """`count` questions, in turn from each named data set of the reasoning-gym package."""
+    """`count` questions from `first` on, in turn from each named data set of the reasoning-gym package.
+
+    Tell two sources apart by `first`, not by `seed`: the package seeds row i with seed + i, so the sets of
+    neighbouring seeds are almost the same.
+    """
 
     kind: Literal["reasoning_gym"]
     datasets: tuple[str, ...] = Field(min_length=1)
+    first: int = Field(0, ge=0)
     count: int = Field(ge=1)
     seed: int = 0
 

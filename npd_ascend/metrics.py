@@ -18,12 +18,14 @@ METRICS = {
         "nats/token",
         "KL(current || generator) on held-out rollouts of the newest version, estimator r log r - r + 1",
     ),
+    "heldout/version": ("", "weight version that generated the rollouts that drift is measured on"),
     "pack/fill": ("share", "tokens over room in the packs of a phase"),
     "pack/samples": ("samples", "samples trained on in a phase"),
     "rollout/samples": ("samples", "answers in a shard"),
     "rollout/tokens": ("tokens", "answer tokens in a shard"),
     "rollout/tokens_per_s": ("tokens/s", "answer tokens over wall time"),
     "score/samples": ("samples", "rollouts scored in a shard"),
+    "score/tokens": ("tokens", "tokens through the teacher's conditional pass of a shard"),
     "score/tokens_per_s": ("tokens/s", "tokens through the teacher's conditional pass over wall time of the shard"),
     "filter/kept": ("share", "kept over decided training rollouts"),
     "stage/seconds": ("s", "wall time of a stage in this process"),
@@ -65,5 +67,6 @@ def read_metrics(run: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue  # torn by a kill in the middle of the line; the step was repeated
         names = tuple(key for key in row if key not in ("time", "stage", "step"))
-        rows[(row["stage"], row["step"], names)] = row
+        # the end of one phase and the start of the next are the same step, measured on other rollouts
+        rows[(row["stage"], row["step"], row.get("heldout/version"), names)] = row
     return list(rows.values())

@@ -119,11 +119,13 @@ def _reasoning_gym(source: ReasoningGymSource) -> Iterator[tuple[str, str, str, 
         raise UserError(
             "reasoning_gym is not installed; pip install -r requirements-smollm2.txt, or use another source"
         ) from None
-    for turn, name in enumerate(source.datasets):
-        count = len(range(turn, source.count, len(source.datasets)))
-        try:
-            rows = reasoning_gym.create_dataset(name, seed=source.seed, size=count) if count else []
-        except ValueError as error:
-            raise UserError(f"reasoning_gym: data set {name!r}: {error}") from None
-        for index, row in enumerate(rows):
-            yield f"{name}[{index}]", f"{name}:{source.seed}:{index}", row["question"], row["answer"]
+    stop = source.first + source.count
+    try:
+        size = -(-stop // len(source.datasets))
+        tables = [reasoning_gym.create_dataset(name, seed=source.seed, size=size) for name in source.datasets]
+    except ValueError as error:
+        raise UserError(f"reasoning_gym: {error}") from None
+    for index in range(source.first, stop):
+        row_index, turn = divmod(index, len(tables))
+        name, row = source.datasets[turn], tables[turn][row_index]
+        yield f"{name}[{row_index}]", f"{name}:{source.seed}:{row_index}", row["question"], row["answer"]

@@ -55,10 +55,10 @@ def open_run(config: Config) -> RunFolder:
 
 
 def reopen_run(folder: Path) -> RunFolder:
-    """The run whose resolved configuration lies in `folder`."""
+    """The run whose resolved configuration lies in `folder`, which may have been moved or copied."""
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: no config.yaml, so not a run folder; start one with `npd run --config FILE`")
-    return RunFolder(load_config(folder / "config.yaml"))
+    return RunFolder(load_config(folder / "config.yaml", [f"run.folder={folder.absolute()}"]))
 
 
 @contextmanager

@@ -100,13 +100,15 @@ def test_all_weights_zero_is_a_zero_gradient():
     assert not d_weight.any()
 
 
-def test_gradient_scales_with_what_comes_from_above():
+def test_gradient_scales_with_what_comes_from_above_and_is_given_once():
     hidden, weight, *rest = _inputs()
     hidden.requires_grad_()
+    (once,) = torch.autograd.grad(token_loss(hidden, weight, *rest, impl="chunked")[0], hidden)
     loss_sum, _ = token_loss(hidden, weight, *rest, impl="chunked")
-    (once,) = torch.autograd.grad(loss_sum, hidden, retain_graph=True)
-    (thrice,) = torch.autograd.grad(3 * loss_sum, hidden)
+    (thrice,) = torch.autograd.grad(3 * loss_sum, hidden, retain_graph=True)
     assert torch.allclose(thrice, 3 * once)
+    with pytest.raises(RuntimeError, match="backward was already called"):
+        torch.autograd.grad(loss_sum, hidden)
 
 
 def test_references_have_the_right_gradient():

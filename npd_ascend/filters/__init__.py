@@ -21,7 +21,7 @@ REASONS = {
     "duplicate": "same answer to the same prompt stands earlier",
     "ifd_undefined": "s(y) is zero or a score is not finite",
     "ifd_below_zero": "Δ-IFD < 0: the student is less sure of its own answer than the teacher",
-    "ifd_above_tau": "Δ-IFD > τ: sure student, surprised teacher",
+    "ifd_above_tau": "Δ-IFD above the limit that τ sets: sure student, surprised teacher",
     "kept": "trained on",
 }
 

@@ -52,7 +52,7 @@ _INERT = {
     "transformers_version", "pretraining_tp", "max_window_layers", "_name_or_path", "is_llama_config",
     "transformers.js_config", "rope_interleaved", "_flash_attn_2_enabled", "is_decoder", "is_encoder_decoder",
     "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "problem_type",
-    "id2label", "label2id",
+    "id2label", "label2id", "unk_token_id", "_model_name_or_path",
 }  # fmt: skip
 
 # Keys that are accepted only while they switch nothing on.

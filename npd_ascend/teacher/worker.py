@@ -82,7 +82,8 @@ def _score_shards(
                 check_scores(scores, vocab_size, name)
             run.stream.commit("scores", version, shard, scores)
             tokens = sum(len(rollout.token_ids) for rollout in passing)
-            metrics.log(shard, score__samples=len(scores), score__tokens_per_s=tokens / (time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+            metrics.log(shard, score__samples=len(scores), score__tokens=tokens, score__tokens_per_s=tokens / seconds)
             bar.update(len(shards[shard]))
 
 

