@@ -3,13 +3,20 @@
 import shutil
 from pathlib import Path
 
+import torch
+
 from npd_ascend.config import Config
 from npd_ascend.errors import UserError
+from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.families import DecoderConfig, read_config
-from npd_ascend.prompts import max_prompt_tokens, read_heldout, read_prompts, wanted_shards
+from npd_ascend.model.hf_weights import check_hf_weights
+from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Prompt
+from npd_ascend.stream import Stream
+from npd_ascend.teacher.check import check_teacher
+from npd_ascend.teacher.worker import load_teacher, shared_vocab_size
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.stages import phases
+from npd_ascend.trainer.stages import gold_samples, phases
 
 # Parquet bytes per answer token beside the top-k: ids, log-probs, offsets, before compression.
 _BYTES_PER_TOKEN = 16
@@ -17,38 +24,45 @@ _BYTES_PER_TOKEN = 16
 
 def check_run(config: Config) -> str:
     """The plan as text; UserError names the first thing that would fail."""
-    student = read_config(config.student.path)
-    tokenizer = ChatTokenizer(config.student.path)
+    student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
     lines.append(f"student  {_millions(student)} ({config.student.init}), {config.student.path}")
+    if config.student.init == "pretrained":
+        _check_weights(config.student.path)
     if config.teacher:
         lines.append(f"teacher  {_millions(read_config(config.teacher.path))}, {config.teacher.path}")
         _check_vocabularies(config, tokenizer)
-    for model in [config.student] + ([config.teacher] if config.teacher else []):
-        if getattr(model, "init", "pretrained") == "pretrained":
-            _check_weights(model.path)
+        _check_weights(config.teacher.path)
     heldout = read_heldout(config, tokenizer, config.evaluate.max_new_tokens)
     if config.sft:
-        gold = read_prompts(
-            config.data.gold,
-            tokenizer,
-            key="data.gold",
-            max_prompt_tokens=max_prompt_tokens(config, 1),
-            need_answer=True,
-        )
-        _check_apart(gold, heldout, "data.gold")
+        gold = gold_samples(config, tokenizer)
+        _check_apart({s.token_ids[: s.prompt_len] for s in gold}, heldout, "data.gold")
         lines.append(f"sft      {len(gold)} gold answers x {config.sft.epochs} epochs")
     if config.npd:
         lines += _npd_lines(config, tokenizer, heldout)
     lines.append(f"evaluate {len(heldout)} held-out prompts")
     _check_disk(config, student, tokenizer)
+    if config.npd and not Stream(config.run.folder / "stream").entries("scores", 0):
+        lines.append(_check_teacher(config, tokenizer, heldout))
     return "\n".join(lines)
+
+
+def _check_teacher(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) -> str:
+    """Load it and ask it something: cheaper than finding out after SFT and rollouts."""
+    return check_teacher(
+        load_teacher(config),
+        heldout,
+        tokenizer,
+        dtype=config.teacher.dtype,
+        vocab_size=shared_vocab_size(config),
+        name=str(config.teacher.path),
+    )
 
 
 def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) -> list[str]:
     shards = wanted_shards(config, tokenizer)
     wanted = [pair for shard in shards for pair in shard]
-    _check_apart([prompt for prompt, _ in wanted if not prompt.heldout], heldout, "data.prompts")
+    _check_apart({prompt.token_ids for prompt, _ in wanted if not prompt.heldout}, heldout, "data.prompts")
     return [
         f"npd      epochs {phase.first + 1}-{phase.last} on {len(wanted) - len(heldout)} rollouts of version "
         f"{phase.version} (+ {len(heldout)} held-out), at most {config.rollout.max_new_tokens} new tokens"
@@ -71,15 +85,15 @@ def _check_vocabularies(config: Config, tokenizer: ChatTokenizer) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        raise UserError(f"{folder}: no model.safetensors; only safetensors are read (npd convert makes them from GGUF)")
+    with torch.device("meta"):
+        model = Decoder(read_config(folder), "sdpa")
+    check_hf_weights(model, folder)
 
 
-def _check_apart(training: list[Prompt], heldout: list[Prompt], key: str) -> None:
-    texts = {prompt.text for prompt in heldout}
-    if both := [prompt for prompt in training if prompt.text in texts]:
+def _check_apart(training: set[tuple[int, ...]], heldout: list[Prompt], key: str) -> None:
+    if both := [prompt for prompt in heldout if prompt.token_ids in training]:
         raise UserError(
-            f"{key}: {len(both)} prompts also stand in data.heldout, first {both[0].prompt_id} "
+            f"{key}: {len(both)} of its prompts also stand in data.heldout, such as {both[0].prompt_id} "
             f"({both[0].text[:40]!r}); the scores would measure memory, so remove them from one of the two"
         )
 

@@ -125,8 +125,8 @@ def test_plain_transformers_gives_the_same_scores_for_every_row(reference):
                 continue
             score, given = scores[rollout.sample_id], logprobs(teacher, prompt)
             top = given.topk(10)
-            worst = max(worst, float((top.values - torch.from_numpy(score.teacher_topk_logprobs)).abs().max()))
-            stored = given.gather(1, torch.from_numpy(score.teacher_topk_ids).long())
+            worst = max(worst, float((top.values - torch.tensor(score.teacher_topk_logprobs)).abs().max()))
+            stored = given.gather(1, torch.tensor(score.teacher_topk_ids).long())
             worst = max(worst, float((top.values - stored).abs().max()))  # the same ids, up to exact ties
             losses = [
                 -float(logprobs(model, prefix).gather(1, answer[:, None]).mean())
@@ -206,12 +206,22 @@ def broken_teacher(tmp_path) -> Path:
 
 
 def test_a_teacher_that_knows_nothing_stops_the_run(broken_teacher, tmp_path):
-    said = refused(npd("run", tmp_path / "run", f"teacher.path={broken_teacher}", "sft.epochs=1"))
-    assert "the teacher's loss on 60 reference answers" in said or "npd run" in said
-    log = (tmp_path / "run" / "logs").glob("*.log")
-    assert not (tmp_path / "run" / "student").exists()
+    said = refused(npd("run", tmp_path / "run", f"teacher.path={broken_teacher}"))
+    assert "the teacher's loss on 60 reference answers" in said
+    assert not (tmp_path / "run" / "weights").exists()  # found out before the first training step
+    for stage in ("sft", "rollout"):
+        assert npd(stage, tmp_path / "run", f"teacher.path={broken_teacher}").returncode == 0
+    assert "the teacher's loss on" in refused(npd("score", tmp_path / "run", f"teacher.path={broken_teacher}"))
     assert Stream(tmp_path / "run" / "stream").entries("scores", 0) == {}
-    assert list(log)
+
+
+def test_without_reference_answers_the_entropy_on_rollouts_gives_it_away(broken_teacher, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n}+{n}"}) + "\n" for n in range(100, 130)))
+    settings = [f"teacher.path={broken_teacher}", f"data.heldout={{kind: jsonl, path: {prompts}}}"]
+    for stage in ("sft", "rollout"):
+        assert npd(stage, tmp_path / "run", *settings).returncode == 0
+    assert "the teacher's entropy on" in refused(npd("score", tmp_path / "run", *settings))
 
 
 def test_other_vocabularies_are_refused_before_anything_starts(tmp_path):
@@ -228,7 +238,7 @@ def test_other_vocabularies_are_refused_before_anything_starts(tmp_path):
 
 def test_heldout_prompts_that_are_trained_on_are_refused(tmp_path):
     said = refused(npd("run", tmp_path / "run", "data.heldout.first=10", "--dry-run"))
-    assert "data.gold: 60 prompts also stand in data.heldout" in said
+    assert "data.gold: 60 of its prompts also stand in data.heldout" in said
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(reference, tmp_path):

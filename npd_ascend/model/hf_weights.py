@@ -56,25 +56,37 @@ def hf_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def load_hf_weights(model: Decoder, folder: Path) -> None:
-    """Fill `model` from the safetensors in `folder`, whatever its parameters' dtype.
+    """Fill `model` from the safetensors in `folder`, whatever its parameters' dtype; UserError as check_hf_weights."""
+    files = check_hf_weights(model, folder)
+    for name, value in hf_tensors(model):
+        with _open(files[name]) as tensors:
+            value.copy_(tensors.get_tensor(name))
 
-    UserError on a missing, misshapen or surplus tensor. `rotary_emb.inv_freq` buffers, which some
-    checkpoints carry, are computed from the config and passed over; so is a stored copy of a tied head.
+
+def check_hf_weights(model: Decoder, folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor that `model` wants; the model may be on the meta device.
+
+    UserError on a missing, misshapen or surplus tensor, from the files' headers alone. `rotary_emb.inv_freq`
+    buffers, which some checkpoints carry, are computed from the config and passed over; so is a stored copy of a
+    tied head.
     """
-    wanted = dict(hf_tensors(model))
+    wanted = {name: tuple(value.shape) for name, value in hf_tensors(model)}
     passed_over = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    for name, file in _index(Path(folder)).items():
-        if name.endswith("rotary_emb.inv_freq") or name in passed_over:
-            continue
+    files = {
+        name: file
+        for name, file in _index(Path(folder)).items()
+        if not name.endswith("rotary_emb.inv_freq") and name not in passed_over
+    }
+    for name, file in files.items():
         if name not in wanted:
             raise UserError(f"{file}: tensor {name} has no place in the network that config.json describes")
         with _open(file) as tensors:
-            value = tensors.get_tensor(name)
-        if value.shape != wanted[name].shape:
-            raise UserError(f"{file}: {name} is {tuple(value.shape)}, config.json wants {tuple(wanted[name].shape)}")
-        wanted.pop(name).copy_(value)
-    if wanted:
-        raise UserError(f"{folder}: {len(wanted)} tensors are missing from the safetensors, first {sorted(wanted)[0]}")
+            shape = tuple(tensors.get_slice(name).get_shape())
+        if shape != wanted[name]:
+            raise UserError(f"{file}: {name} is {shape}, config.json wants {wanted[name]}")
+    if missing := sorted(wanted.keys() - files.keys()):
+        raise UserError(f"{folder}: {len(missing)} tensors are missing from the safetensors, first {missing[0]}")
+    return files
 
 
 def _index(folder: Path) -> dict[str, Path]:

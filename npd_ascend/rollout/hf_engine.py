@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from npd_ascend.rollout.engine import Completion, Request, Sampling
 
@@ -21,6 +22,7 @@ class HfEngine:
         self._model: Any = None
 
     def load_weights(self, folder: Path) -> None:
+        transformers_logging.disable_progress_bar()  # a second bar per load, beside our own
         config = json.loads((folder / "config.json").read_text())
         if config["model_type"] == "PanguEmbedded":
             # transformers has no such class; the same network is a Llama with bias on q, k, v and o

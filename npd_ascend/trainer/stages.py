@@ -62,7 +62,7 @@ def run_sft(run: RunFolder) -> None:
     if 0 in run.weights.versions() or run.student.exists():
         return
     tokenizer = ChatTokenizer(config.student.path)
-    samples = _gold_samples(config, tokenizer)
+    samples = gold_samples(config, tokenizer)
     model = start_student(config)
     objective = Objective(normalise=config.sft.normalise, loss_impl=config.kernels.loss)
     metrics = MetricsLog(run.path, "sft")
@@ -153,15 +153,11 @@ def kept_samples(run: RunFolder, version: int) -> list[Sample]:
     ]
 
 
-def _gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
-    prompts = read_prompts(
-        config.data.gold,
-        tokenizer,
-        key="data.gold",
-        max_prompt_tokens=max_prompt_tokens(config, 1),
-        need_answer=True,
-    )
-    return [
+def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
+    """Training rows of SFT; UserError names the first that no pack can hold."""
+    room = min(config.sft.pack_tokens, max_prompt_tokens(config, 0))
+    prompts = read_prompts(config.data.gold, tokenizer, key="data.gold", max_prompt_tokens=room, need_answer=True)
+    samples = [
         Sample(
             sample_id=prompt.prompt_id,
             token_ids=prompt.token_ids + tokenizer.encode_answer(prompt.answer),
@@ -169,6 +165,13 @@ def _gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
         )
         for prompt in prompts
     ]
+    longest = max(samples, key=lambda sample: len(sample.token_ids))
+    if len(longest.token_ids) > room:
+        raise UserError(
+            f"data.gold: {longest.sample_id} has {len(longest.token_ids)} tokens with its answer, but the smaller of "
+            f"sft.pack_tokens and the student's context is {room}; raise sft.pack_tokens or remove the sample"
+        )
+    return samples
 
 
 def _heldout(run: RunFolder, version: int) -> Heldout:
