@@ -1,5 +1,9 @@
 """The per-token loss: float64 truth, plain code's own error as the bar, planted mistakes caught."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,3 +145,16 @@ def test_shapes_that_do_not_fit_are_refused():
         token_loss(hidden.bfloat16(), weight, ids, weights, token_weight, impl="chunked")
     with pytest.raises(ValueError, match="choose one of reference, chunked"):
         token_loss(hidden, weight, ids, weights, token_weight, impl="liger")
+
+
+def _peak_bytes(tokens):
+    script = Path(__file__).parent.parent / "benchmarks" / "train_step.py"
+    command = [sys.executable, str(script), "--loss-memory", str(tokens)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
+    """Vocabulary 49,152: full float32 logits of 3,072 more tokens would be 604 MB more."""
+    growth = _peak_bytes(4096) - _peak_bytes(1024)
+    assert growth < 0.33 * 3072 * 49152 * 4
