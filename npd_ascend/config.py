@@ -151,10 +151,10 @@ class FilterConfig(_Section):
     min_answer_tokens: int = Field(1, ge=1)
     max_tokens: int | None = Field(None, ge=2)  # prompt and answer; None: npd.pack_tokens
     max_repetition: float = Field(1.0, gt=0, le=1)  # share of the answer that repeats an earlier 8-gram
-    tau: float = Field(0.8, ge=0)
+    drop_below_zero: bool = True  # Δ-IFD < 0
+    tau: float | None = Field(0.8, ge=0)  # upper limit of Δ-IFD; null: none
     tau_mode: Literal["absolute", "quantile"] = "absolute"
     ifd_form: Literal["loss", "perplexity"] = "loss"
-    ifd: bool = True  # False: report the scores, drop nothing for them
 
 
 class EvalConfig(_Section):
@@ -193,7 +193,7 @@ class Config(_Section):
                 f"filters.max_tokens={self.filters.max_tokens} lets through samples that no pack of "
                 f"npd.pack_tokens={self.npd.pack_tokens} can hold; lower the first or raise the second"
             )
-        if self.filters.tau_mode == "quantile" and self.filters.tau > 1:
+        if self.filters.tau_mode == "quantile" and (self.filters.tau or 0) > 1:
             raise ValueError(f"filters.tau={self.filters.tau} is no quantile; it must lie between 0 and 1")
         return self
 

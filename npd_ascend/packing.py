@@ -65,9 +65,9 @@ def _deal(order: Sequence[str], lengths: Mapping[str, int], pack_tokens: int, nu
     return packs
 
 
-def pack_fill(lengths: Mapping[str, int], packs: list[list[str]], pack_tokens: int) -> float:
+def pack_fill(tokens: int, num_packs: int, pack_tokens: int) -> float:
     """Share of the packs' room that holds tokens, 0 to 1."""
-    return sum(lengths.values()) / (len(packs) * pack_tokens) if packs else 0.0
+    return tokens / (num_packs * pack_tokens)
 
 
 @dataclass(frozen=True, slots=True)

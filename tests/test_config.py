@@ -22,10 +22,10 @@ def test_the_saved_copy_loads_to_the_same(tmp_path):
 
 
 def test_overrides_are_typed():
-    config = load_config(ADDITION, ["npd.lambda=0.5", "npd.refresh_after=[1, 2]", "filters.ifd=false"])
+    config = load_config(ADDITION, ["npd.lambda=0.5", "npd.refresh_after=[1, 2]", "filters.tau=null"])
     assert config.npd.lambda_ == 0.5
     assert config.npd.refresh_after == (1, 2)
-    assert config.filters.ifd is False
+    assert config.filters.tau is None
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,16 @@ def test_both_forms_by_hand():
     ],
 )
 def test_both_ends_of_the_interval_are_kept(delta, reason):
-    assert ifd_reason(delta, 0.8) == reason
+    assert ifd_reason(delta, 0.8, drop_below_zero=True) == reason
+
+
+def test_either_end_may_be_open():
+    assert ifd_reason(-3.0, 0.8, drop_below_zero=False) == "kept"
+    assert ifd_reason(3.0, 0.8, drop_below_zero=False) == "ifd_above_tau"
+    assert ifd_reason(3.0, None, drop_below_zero=True) == "kept"
+    assert ifd_reason(-3.0, None, drop_below_zero=True) == "ifd_below_zero"
+    assert ifd_reason(math.nan, None, drop_below_zero=False) == "kept"
+    assert ifd_reason(math.nan, None, drop_below_zero=True) == "ifd_undefined"
 
 
 def _decided(teacher_losses, **filters):
@@ -46,7 +55,9 @@ def test_absolute_and_quantile_limits():
     assert [d.reason for d in _decided(losses)] == ["ifd_below_zero", "kept", "kept", "kept", "kept", "ifd_above_tau"]
     lowest = [d.kept for d in _decided(losses, tau_mode="quantile", tau=0.5)]
     assert lowest == [False, True, True, True, False, False]  # 0.5-quantile of 0, 0.25, 0.5, 0.75, 1.75 is 0.5
-    assert all(d.kept for d in _decided(losses, ifd=False))
+    assert all(d.kept for d in _decided(losses, drop_below_zero=False, tau=None))
+    both = [d.kept for d in _decided(losses, drop_below_zero=False, tau_mode="quantile", tau=0.8)]
+    assert both == [True, True, True, True, True, False]
 
 
 def test_free_filters_name_their_reason_and_spare_the_heldout():

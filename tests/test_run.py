@@ -3,6 +3,7 @@
 The recipe is configs/addition_cpu.yaml made small; what it learns is measured elsewhere (benchmarks/).
 """
 
+import fcntl
 import json
 import os
 import random
@@ -37,8 +38,10 @@ SMALL = [
     "npd.checkpoint_every_steps=3",
     "npd.pack_tokens=512",
     "rollout.batch_size=64",
-    "filters.tau=3",
     "filters.min_answer_tokens=2",
+    "filters.drop_below_zero=true",
+    "filters.tau_mode=absolute",
+    "filters.tau=3",
     "device.threads=1",
 ]
 
@@ -50,6 +53,12 @@ def command(name: str, folder: Path, *more: str) -> list[str]:
 
 def npd(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(name, folder, *more), capture_output=True, text=True, check=False)
+
+
+def npd_on(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    """A stage on an existing run folder."""
+    command = [sys.executable, "-m", "npd_ascend", name, "--run", str(folder), *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def refused(done: subprocess.CompletedProcess) -> str:
@@ -145,11 +154,10 @@ def test_stages_by_hand_give_the_same_weights(reference, tmp_path):
     folder = tmp_path / "run"
     assert "nothing is scored yet" in refused(npd("distill", folder))
     assert npd("sft", folder).returncode == 0
-    by_run = [sys.executable, "-m", "npd_ascend"]
     assert "0 of 6 rollout shards of version 0" in refused(npd("score", folder))
     for version in "01":
         for stage in (["rollout", "--version", version], ["score", "--version", version], ["distill"]):
-            subprocess.run([*by_run, stage[0], "--run", str(folder), *stage[1:]], check=True, capture_output=True)
+            assert npd_on(stage[0], folder, *stage[1:]).returncode == 0
     assert weights(folder) == weights(reference)
 
 
@@ -247,15 +255,36 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(reference, 
     assert not (tmp_path / "run" / "weights").exists()
 
 
-def test_a_corrupted_shard_stops_the_stage_that_reads_it(reference, tmp_path):
-    folder = Path(shutil.copytree(reference, tmp_path / "run"))
+def _copy(reference: Path, folder: Path) -> Path:
+    """A finished run moved elsewhere, without its final student."""
+    shutil.copytree(reference, folder)
     shutil.rmtree(folder / "student")
-    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(str(reference), str(folder)))
+    return folder
+
+
+def test_a_corrupted_shard_stops_the_stage_that_reads_it(reference, tmp_path):
+    folder = _copy(reference, tmp_path / "run")
     shard = folder / "stream" / "scores-v1-00000.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert "scores-v1-00000.parquet: differs from the checksum" in refused(npd("distill", folder))
+    done = npd_on("distill", folder)
+    assert "scores-v1-00000.parquet: differs from the checksum" in refused(done)
+
+
+def test_a_phase_does_not_start_with_a_fresh_optimizer(reference, tmp_path):
+    folder = _copy(reference, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "npd")
+    done = npd_on("distill", folder)
+    assert "no intact checkpoint of epoch 2" in refused(done)
+
+
+def test_two_processes_do_not_work_on_one_stage(reference, tmp_path):
+    folder = _copy(reference, tmp_path / "run")
+    with (folder / "logs" / "distill.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = npd_on("distill", folder)
+    assert "another `npd distill` is working on this run" in refused(done)
 
 
 def _mounted(folder: Path, size: str) -> bool:

@@ -45,7 +45,7 @@ def decide(
         elif rollout.sample_id in dropped:
             reason = dropped[rollout.sample_id]
         else:
-            reason = ifd_reason(delta, limit) if filters.ifd else "kept"
+            reason = ifd_reason(delta, limit, drop_below_zero=filters.drop_below_zero)
         decisions.append(
             Decision(
                 sample_id=rollout.sample_id,
@@ -60,15 +60,16 @@ def decide(
     return decisions
 
 
-def upper_limit(scores: Sequence[Score], filters: FilterConfig) -> float:
-    """Δ-IFD above which a sample goes: τ itself, or the τ-quantile of the finite Δ ≥ 0 of `scores`."""
-    if filters.tau_mode == "absolute":
+def upper_limit(scores: Sequence[Score], filters: FilterConfig) -> float | None:
+    """Δ-IFD above which a sample goes: τ itself, or the τ-quantile of the Δ of `scores` that are finite and above
+    the lower limit; None without τ."""
+    if filters.tau is None or filters.tau_mode == "absolute":
         return filters.tau
     deltas = [
         ifd(s.teacher_loss, s.teacher_loss_alone, filters.ifd_form)
         - ifd(s.student_loss, s.student_loss_alone, filters.ifd_form)
         for s in scores
     ]
-    inside = [delta for delta in deltas if np.isfinite(delta) and delta >= 0]
+    inside = [delta for delta in deltas if np.isfinite(delta) and (delta >= 0 or not filters.drop_below_zero)]
     # "lower": the limit is a sample's own value, so the kept share is τ up to one sample
     return float(np.quantile(inside, filters.tau, method="lower")) if inside else 0.0

@@ -15,10 +15,10 @@ def ifd(loss_given: float, loss_alone: float, form: str) -> float:
     return loss_given / loss_alone if loss_alone > 0 else math.nan
 
 
-def ifd_reason(delta: float, limit: float) -> str:
-    """ "kept", or why not. Both ends of the interval are kept, as the paper states it."""
-    if not math.isfinite(delta):
+def ifd_reason(delta: float, limit: float | None, *, drop_below_zero: bool) -> str:
+    """The decision's reason. Both ends of [0, limit] are kept, as the paper states it; limit None: no upper end."""
+    if not math.isfinite(delta) and (limit is not None or drop_below_zero):
         return "ifd_undefined"
-    if delta < 0:
+    if drop_below_zero and delta < 0:
         return "ifd_below_zero"
-    return "kept" if delta <= limit else "ifd_above_tau"
+    return "kept" if limit is None or delta <= limit else "ifd_above_tau"

@@ -103,7 +103,7 @@ def heldout_curve(
 
 
 def delta_histogram(version: Version, filters: FilterConfig) -> Markup | None:
-    """Δ-IFD of the training rollouts of one version, stacked by reason, with both thresholds."""
+    """Δ-IFD of the training rollouts of one version, stacked by reason, with the thresholds that are set."""
     if not version.deltas:
         return None
     low, high = histogram_range(version)
@@ -125,7 +125,9 @@ def delta_histogram(version: Version, filters: FilterConfig) -> Markup | None:
         top = axes.get_ylim()[1]
         axes.set_ylim(0, 1.12 * top)
         quantile = f"{filters.tau:g}-quantile " if filters.tau_mode == "quantile" else "τ = "
-        for place, text in ((0.0, "0"), (version.limit, f"{quantile}{version.limit:.3g}")):
+        ends = [(0.0, "0")] if filters.drop_below_zero else []
+        ends += [(version.limit, f"{quantile}{version.limit:.3g}")] if filters.tau is not None else []
+        for place, text in ends:
             axes.axvline(place, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
             near_end = place > high - 0.2 * (high - low)
             axes.annotate(
@@ -144,7 +146,7 @@ def histogram_range(version: Version) -> tuple[float, float]:
     """Room for both thresholds and for all but the outermost 0.2 % of the values, which stand in the end bins."""
     values = np.concatenate(list(version.deltas.values()))
     low, high = np.quantile(values, [0.001, 0.999])
-    low, high = min(low, 0.0), max(high, version.limit)
+    low, high = min(low, 0.0), max(high, version.limit or 0.0)
     margin = 0.04 * max(high - low, 1e-6)
     return float(low - margin), float(high + margin)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from npd_ascend.checkpoint import load_checkpoint, save_checkpoint
 from npd_ascend.config import TrainConfig
+from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import pack_fill, pack_samples
@@ -44,52 +45,82 @@ def fit(
     samples: the training set of these epochs; heldout: measured before the first and after every epoch.
     """
     optimizer = MasterAdamW(model, config.optimizer)
-    cursor = {"epoch": epochs[0], "step_in_epoch": 0, "step": 0}
-    if checkpoint := load_checkpoint(checkpoints):
-        optimizer.load_state_tensors(checkpoint[0])
-        cursor = checkpoint[1]
-        _log.info("going on at epoch %(epoch)d, step %(step)d", cursor)
+    cursor = _resume(optimizer, checkpoints, epochs[0])
     if cursor["epoch"] >= epochs[1]:
         return
     by_id = {sample.sample_id: sample for sample in samples}
     lengths = {name: len(sample.token_ids) for name, sample in by_id.items()}
-    packs = pack_samples(lengths, config.pack_tokens)
-    steps_per_epoch = -(-len(packs) // config.packs_per_step)
-    device, step = model.embed.weight.device, cursor["step"]
-    metrics.log(step, pack__fill=pack_fill(lengths, packs, config.pack_tokens), pack__samples=len(samples))
+    packs = [[by_id[name] for name in pack] for pack in pack_samples(lengths, config.pack_tokens)]
+    metrics.log(
+        cursor["step"],
+        pack__fill=pack_fill(sum(lengths.values()), len(packs), config.pack_tokens),
+        pack__samples=len(samples),
+    )
     if heldout and cursor["step_in_epoch"] == 0:
-        metrics.log(step, train__epoch=cursor["epoch"], **heldout.measure(model))
+        metrics.log(cursor["step"], train__epoch=cursor["epoch"], **heldout.measure(model))
 
+    steps_per_epoch = -(-len(packs) // config.packs_per_step)
     total = (epochs[1] - epochs[0]) * steps_per_epoch
     done = (cursor["epoch"] - epochs[0]) * steps_per_epoch + cursor["step_in_epoch"]
     with progress(f"{checkpoints.name} epochs {epochs[0] + 1}-{epochs[1]}", total, "steps", done) as bar:
-        for epoch in range(cursor["epoch"], epochs[1]):
-            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(packs))
-            first_step = cursor["step_in_epoch"] if epoch == cursor["epoch"] else 0
-            for step_in_epoch in range(first_step, steps_per_epoch):
-                started = time.perf_counter()
-                chosen = order[step_in_epoch * config.packs_per_step :][: config.packs_per_step]
-                batches = [make_batch([by_id[name] for name in packs[i]], objective, device) for i in chosen]
-                done_epochs = epoch + step_in_epoch / steps_per_epoch
-                lr = learning_rate(done_epochs / config.epochs, step, config.optimizer)
-                stats = train_step(model, batches, optimizer, objective, lr=lr)
-                metrics.log(
-                    step,
-                    train__loss=stats.loss,
-                    train__grad_norm=stats.grad_norm,
-                    train__lr=lr,
-                    train__answer_tokens=stats.answer_tokens,
-                    train__tokens=stats.tokens,
-                    train__tokens_per_s=stats.tokens / (time.perf_counter() - started),
-                    train__epoch=done_epochs,
+        while cursor["epoch"] < epochs[1]:
+            order = np.random.Generator(np.random.PCG64([seed, cursor["epoch"]])).permutation(len(packs))
+            for at in range(cursor["step_in_epoch"], steps_per_epoch):
+                chosen = order[at * config.packs_per_step :][: config.packs_per_step]
+                done_epochs = cursor["epoch"] + at / steps_per_epoch
+                loss = _step(
+                    model, [packs[i] for i in chosen], objective, config, optimizer, metrics, cursor, done_epochs
                 )
-                step += 1
-                bar.set_postfix(loss=f"{stats.loss:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
-                if step % config.checkpoint_every_steps == 0 and step_in_epoch + 1 < steps_per_epoch:
-                    place = {"epoch": epoch, "step_in_epoch": step_in_epoch + 1, "step": step}
-                    save_checkpoint(checkpoints, step, optimizer.state_tensors(), place)
+                cursor |= {"step_in_epoch": at + 1, "step": cursor["step"] + 1}
+                if cursor["step"] % config.checkpoint_every_steps == 0 and at + 1 < steps_per_epoch:
+                    save_checkpoint(checkpoints, cursor["step"], optimizer.state_tensors(), cursor)
+            cursor |= {"epoch": cursor["epoch"] + 1, "step_in_epoch": 0}
             if heldout:
-                metrics.log(step, train__epoch=epoch + 1, **heldout.measure(model))
-            place = {"epoch": epoch + 1, "step_in_epoch": 0, "step": step}
-            save_checkpoint(checkpoints, step, optimizer.state_tensors(), place)
+                metrics.log(cursor["step"], train__epoch=cursor["epoch"], **heldout.measure(model))
+            save_checkpoint(checkpoints, cursor["step"], optimizer.state_tensors(), cursor)
+
+
+def _resume(optimizer: MasterAdamW, checkpoints: Path, first_epoch: int) -> dict[str, int]:
+    """The cursor to go on from, with the optimizer as it was there."""
+    checkpoint = load_checkpoint(checkpoints)
+    epoch = checkpoint[1]["epoch"] if checkpoint else 0
+    if epoch < first_epoch:
+        raise UserError(
+            f"{checkpoints}: no intact checkpoint of epoch {first_epoch}, where this phase starts (the newest is of "
+            f"epoch {epoch}); a fresh optimizer would be another run, so start again with a new run.folder"
+        )
+    if checkpoint is None:
+        return {"epoch": 0, "step_in_epoch": 0, "step": 0}
+    optimizer.load_state_tensors(checkpoint[0])
+    _log.info("going on at epoch %(epoch)d, step %(step)d", checkpoint[1])
+    return checkpoint[1]
+
+
+def _step(
+    model: Decoder,
+    packs: Sequence[Sequence[Sample]],
+    objective: Objective,
+    config: TrainConfig,
+    optimizer: MasterAdamW,
+    metrics: MetricsLog,
+    cursor: dict[str, int],
+    done_epochs: float,
+) -> float:
+    """One optimizer step, logged; returns its loss."""
+    started, step = time.perf_counter(), cursor["step"]
+    lr = learning_rate(done_epochs / config.epochs, step, config.optimizer)
+    batches = [make_batch(pack, objective, model.embed.weight.device) for pack in packs]
+    stats = train_step(model, batches, optimizer, objective, lr=lr)
+    metrics.log(
+        step,
+        train__loss=stats.loss,
+        train__grad_norm=stats.grad_norm,
+        train__lr=lr,
+        train__answer_tokens=stats.answer_tokens,
+        train__tokens=stats.tokens,
+        train__tokens_per_s=stats.tokens / (time.perf_counter() - started),
+        train__epoch=done_epochs,
+    )
+    return stats.loss

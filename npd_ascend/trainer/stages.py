@@ -111,7 +111,7 @@ def _train_phase(run: RunFolder, phase: Phase) -> Decoder:
     if not samples:
         raise UserError(
             f"{run.stream.folder}: the filters kept none of the rollouts of version {phase.version}; see the reasons "
-            f"in its decisions shard, then raise filters.tau or set filters.ifd: false"
+            f"in its decisions shard, then raise filters.tau or set filters.drop_below_zero: false"
         )
     model = _student(config, run.generator(phase.version))
     objective = Objective(
