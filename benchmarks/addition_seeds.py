@@ -2,10 +2,9 @@
 
     python benchmarks/addition_seeds.py [--seeds 0 1 2 3] [--threads 1] [--folder runs/addition_seeds]
 
-Arms, each scored on the same held-out sums: the SFT student where NPD starts; NPD; SFT continued from that
-student on the same gold sums, with NPD's own optimizer settings, for as many training tokens as NPD took; and one
-long SFT with a single schedule over the warm-up's and those tokens together. Prints a table and one JSON object.
-A finished seed is not run again.
+Arms, each scored on the same held-out sums: the SFT student where NPD starts; NPD; and SFT continued from
+that student on the same gold sums, with NPD's own optimizer settings, for as many training tokens as NPD took.
+Prints a table and one JSON object. A finished seed is not run again.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from npd_ascend.config import load_config
 from npd_ascend.metrics import read_metrics
 
 CONFIG = Path(__file__).parent.parent / "configs" / "addition_cpu.yaml"
-ARMS = ("sft", "npd", "sft continued", "sft long")
+ARMS = ("sft", "npd", "sft continued")
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
 
 
 def one_seed(seed: int, folder: Path, threads: int) -> dict[str, float]:
-    """Exact match of each arm, and the tokens that the two long arms had."""
+    """Exact match of each arm, and the tokens trained."""
     common, npd, config = [f"run.seed={seed}", f"device.threads={threads}"], folder / "npd", load_config(CONFIG)
     _npd("run", npd, *common)
     tokens = {
@@ -50,12 +49,10 @@ def one_seed(seed: int, folder: Path, threads: int) -> dict[str, float]:
     as_npd = [f"sft.optimizer={json.dumps(config.npd.optimizer.model_dump())}"]
     start = [f"student.path={npd / 'weights' / 'v0'}", "student.init=pretrained"]
     _npd("run", folder / "continued", *sft_only, *as_npd, *start, f"sft.epochs={more}")
-    _npd("run", folder / "long", *sft_only, *as_npd, f"sft.epochs={config.sft.epochs + more}")
     return {
         "sft": _score(npd, "sft"),
         "npd": _score(npd, "npd"),
         "sft continued": _score(folder / "continued", "sft"),
-        "sft long": _score(folder / "long", "sft"),
         "sft tokens": tokens["sft"],
         "npd tokens": tokens["npd"],
     }
