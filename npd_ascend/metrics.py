@@ -28,8 +28,6 @@ METRICS = {
     "score/tokens": ("tokens", "tokens through the teacher's conditional pass of a shard"),
     "score/tokens_per_s": ("tokens/s", "tokens through the teacher's conditional pass over wall time of the shard"),
     "filter/kept": ("share", "kept over decided training rollouts"),
-    "stage/seconds": ("s", "wall time of a stage in this process"),
-    "eval/exact_match": ("share", "held-out answers that equal the reference"),
 }
 
 

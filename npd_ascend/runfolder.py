@@ -12,6 +12,7 @@ from npd_ascend.config import Config, dump_config, load_config
 from npd_ascend.durable import commit_file
 from npd_ascend.errors import UserError
 from npd_ascend.stream import Stream
+from npd_ascend.weights.channel import WeightChannel
 from npd_ascend.weights.disk import DiskChannel
 
 
@@ -21,7 +22,7 @@ class RunFolder:
     def __init__(self, config: Config):
         self.config, self.path = config, config.run.folder
         self.stream = Stream(self.path / "stream")
-        self.weights = DiskChannel(self.path / "weights")
+        self.weights: WeightChannel = DiskChannel(self.path / "weights")
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
         self.logs = self.path / "logs"

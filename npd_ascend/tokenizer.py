@@ -1,7 +1,5 @@
-"""The tokenizer of a model folder, its chat format, and a fingerprint to compare two of them."""
+"""The tokenizer of a model folder, its chat format, and the first thing in which two of them differ."""
 
-import hashlib
-import json
 from pathlib import Path
 
 from npd_ascend.errors import UserError
@@ -55,11 +53,6 @@ class ChatTokenizer:
                 f"set teacher.alone_context: bos"
             )
         return self._encode(with_header[len(turn) :])
-
-    def fingerprint(self) -> str:
-        """Hash of every token with its id and of the chat format: equal exactly if two tokenizers agree."""
-        content = [sorted(self._tokenizer.get_vocab().items()), self.eos_id, self._render("x", header=True)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def difference(self, other: "ChatTokenizer") -> str | None:
         """The first thing in which the two disagree, None if they agree."""
