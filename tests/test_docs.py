@@ -17,7 +17,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 def test_every_npd_command_parses(path):
     for block in re.findall(r"```(?:\w*)\n(.*?)```", path.read_text(), re.DOTALL):
         for line in block.splitlines():
-            if line.startswith("npd "):
+            if re.match(r"npd [a-z]", line):  # not a row of a printed table
                 _parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
