@@ -104,6 +104,17 @@ def test_all_weights_zero_is_a_zero_gradient():
     assert not d_weight.any()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_is_formed_where_none_is_recorded(monkeypatch, mode):
+    """Parameters ask for one everywhere, and it is two thirds of the work and [V, D] of memory."""
+    hidden, weight, *rest = _inputs()
+    weight = torch.nn.Parameter(weight)
+    wanted = token_loss(hidden, weight, *rest, impl="chunked")[0]
+    monkeypatch.setattr(impl_chunked._Rows, "gradient", None)
+    with mode():
+        assert token_loss(hidden, weight, *rest, impl="chunked")[0] == wanted
+
+
 def test_gradient_scales_with_what_comes_from_above_and_is_given_once():
     hidden, weight, *rest = _inputs()
     hidden.requires_grad_()

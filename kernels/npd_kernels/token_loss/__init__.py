@@ -6,6 +6,10 @@ With z = hidden @ weight^T, lse = logsumexp_V(z) and target weights w, the loss 
     L_t = sum_k w_tk * (lse_t - z_t[id_tk])
 and its gradient is dL_t/dz = (sum_k w_tk) * softmax(z) - scatter(w). Plain cross-entropy is K = 1,
 w = 1; the NPD loss is K = 1 + top-k (design in npd_ascend/trainer/objectives.py).
+
+Vocabulary-parallel: each rank of a group holds some rows of the head and passes a `VocabShard`; ids stay
+global. The loss is then the same on every rank, and so is nothing else: d_hidden is this rank's part of a
+sum over the group (what Megatron's f adds up in front of the head), d_weight that of its own rows.
 """
 
 from types import ModuleType
@@ -13,6 +17,9 @@ from types import ModuleType
 import torch
 
 from . import impl_chunked, reference
+from .shard import VocabShard
+
+__all__ = ["IMPLEMENTATIONS", "VocabShard", "token_logprobs", "token_loss"]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": impl_chunked}
 
@@ -24,6 +31,7 @@ def token_loss(
     target_weights_TK: torch.Tensor,
     token_weight_T: torch.Tensor,
     *,
+    shard: VocabShard | None = None,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (loss_sum, loss_T).
@@ -32,6 +40,8 @@ def token_loss(
     target_ids_TK: int64 in [0, V); an id may stand in several slots, their weights add up.
     target_weights_TK: float32, 0 in an unused slot (whose id must still be a valid one).
     token_weight_T: float32 factor of each token in the sum.
+    shard: the rows of the head that weight_VD holds; None: all of them. Everything but weight_VD must be equal
+    on all ranks of its group.
 
     loss_sum: float32 scalar, sum_t token_weight_t * L_t in nats; differentiable in hidden and weight.
     loss_T: float32 [T], L_t in nats, detached and not weighted.
@@ -44,24 +54,34 @@ def token_loss(
             f"targets do not fit: ids {tuple(target_ids_TK.shape)}, weights {tuple(target_weights_TK.shape)}, "
             f"token weights {tuple(token_weight_T.shape)}; want [T,K], [T,K], [T]"
         )
-    module = _choose(impl, hidden_TD, weight_VD, num_tokens)
-    return module.token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T)
+    module = _choose(impl, hidden_TD, weight_VD, num_tokens, shard)
+    return module.token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard)
 
 
 def token_logprobs(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, ids_TK: torch.Tensor, *, impl: str
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    *,
+    shard: VocabShard | None = None,
+    impl: str,
 ) -> torch.Tensor:
     """log p(id_tk) = z_t[id_tk] - lse_t for K ids per token; float32 [T, K], differentiable."""
-    return _choose(impl, hidden_TD, weight_VD, ids_TK.shape[0]).token_logprobs(hidden_TD, weight_VD, ids_TK)
+    module = _choose(impl, hidden_TD, weight_VD, ids_TK.shape[0], shard)
+    return module.token_logprobs(hidden_TD, weight_VD, ids_TK, shard)
 
 
-def _choose(impl: str, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, num_tokens: int) -> ModuleType:
+def _choose(
+    impl: str, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, num_tokens: int, shard: VocabShard | None
+) -> ModuleType:
     if hidden_TD.dim() != 2 or hidden_TD.shape[0] != num_tokens or weight_VD.shape[1:] != hidden_TD.shape[1:]:
         raise ValueError(
             f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)} and {num_tokens} target rows do not fit"
         )
     if hidden_TD.dtype != weight_VD.dtype:
         raise ValueError(f"hidden is {hidden_TD.dtype} but weight is {weight_VD.dtype}; want one dtype")
+    if shard and not 0 < shard.stop - shard.start <= weight_VD.shape[0]:
+        raise ValueError(f"rows {shard.start} to {shard.stop} of the head do not fit a weight of {weight_VD.shape[0]}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"token_loss impl {impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if reason := IMPLEMENTATIONS[impl].unavailable_reason(hidden_TD.device):

@@ -3,9 +3,14 @@
 The logits of one chunk are turned into their own gradient in place and multiplied out at once, so
 memory holds one chunk of [C, V] and never [T, V], and the head is multiplied three times per token
 (logits, dHidden, dWeight) where recomputation would take four.
+
+Vocabulary-parallel: one all-gather of 1 + K numbers per token and rank (log-sum-exp of its rows, target
+logits) is all that crosses the group. Every rank adds them up in the same order, so the loss has the same bits
+everywhere.
 """
 
 import torch
+import torch.distributed as dist
 
 # One chunk of float32 logits. Large enough for full GEMM speed, small enough to stay a rounding
 # error beside the weights (benchmarks/train_step.py prints the peak).
@@ -22,25 +27,51 @@ def chunk_tokens(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocab_size))
 
 
-def token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T):
-    return _TokenLoss.apply(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T)
+def token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard=None):
+    # parameters ask for gradients even where none are recorded, and forming them is most of the work
+    if not torch.is_grad_enabled():
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    return _TokenLoss.apply(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard)
 
 
-def token_logprobs(hidden_TD, weight_VD, ids_TK):
-    return _TokenLogprobs.apply(hidden_TD, weight_VD, ids_TK)
+def token_logprobs(hidden_TD, weight_VD, ids_TK, shard=None):
+    return _TokenLogprobs.apply(hidden_TD, weight_VD, ids_TK, shard)
 
 
-def _softmax_and_lse(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(z - max) in place of the logits, its row sum, and logsumexp."""
-    max_C1 = logits_CV.amax(-1, keepdim=True)
-    exp_CV = logits_CV.sub_(max_C1).exp_()
-    sum_C1 = exp_CV.sum(-1, keepdim=True)
-    return sum_C1, max_C1 + sum_C1.log()
+class _Rows:
+    """Logits of a chunk of tokens over the rows of the head that this rank holds."""
+
+    def __init__(self, hidden_CD, weight_VD, ids_CK, shard):
+        self._logits_CV = (hidden_CD @ weight_VD.T).float()
+        if shard is None:
+            self.local_ids_CK, self.held_CK = ids_CK, None
+            self.target_CK = self._logits_CV.gather(1, ids_CK)
+        else:
+            self._logits_CV[:, shard.stop - shard.start :] = -torch.inf
+            self.local_ids_CK, self.held_CK = shard.local_ids(ids_CK)
+            self.target_CK = self._logits_CV.gather(1, self.local_ids_CK).masked_fill_(~self.held_CK, 0.0)
+        max_C1 = self._logits_CV.amax(-1, keepdim=True)
+        self._exp_CV = self._logits_CV.sub_(max_C1).exp_()
+        self._sum_C1 = self._exp_CV.sum(-1, keepdim=True)  # over the whole vocabulary, relative to max_C1
+        self.lse_C1 = max_C1 + self._sum_C1.log()
+        if shard:
+            mine = torch.cat([self.lse_C1, self.target_CK], 1)
+            parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(shard.group))]
+            dist.all_gather(parts, mine, group=shard.group)
+            parts_RCK = torch.stack(parts)
+            self.lse_C1, self.target_CK = parts_RCK[..., :1].logsumexp(0), parts_RCK[..., 1:].sum(0)
+            self._sum_C1 = (self.lse_C1 - max_C1).exp_()
+
+    def gradient(self, scaled_CK):
+        """sum(w) * softmax - scatter(w), in place of the logits; scaled_CK: target weights times token weight."""
+        d_logits_CV = self._exp_CV.mul_(scaled_CK.sum(1, keepdim=True) / self._sum_C1)
+        subtracted_CK = scaled_CK if self.held_CK is None else scaled_CK * self.held_CK
+        return d_logits_CV.scatter_add_(1, self.local_ids_CK, -subtracted_CK)
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, ids_TK, weights_TK, token_weight_T):
+    def forward(ctx, hidden_TD, weight_VD, ids_TK, weights_TK, token_weight_T, shard):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         num_tokens, dtype = hidden_TD.shape[0], hidden_TD.dtype
         loss_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TD.device)
@@ -48,17 +79,13 @@ class _TokenLoss(torch.autograd.Function):
         # bfloat16 would lose the small chunks of a long sum
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
 
-        for rows in torch.arange(num_tokens).split(chunk_tokens(weight_VD.shape[0])):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits_CV = (hidden_TD[rows] @ weight_VD.T).float()
-            target_CK = logits_CV.gather(1, ids_TK[rows])
-            sum_C1, lse_C1 = _softmax_and_lse(logits_CV)
-            loss_T[rows] = (weights_TK[rows] * (lse_C1 - target_CK)).sum(1)
+        size = chunk_tokens(weight_VD.shape[0])
+        for rows in (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)):
+            chunk = _Rows(hidden_TD[rows], weight_VD, ids_TK[rows], shard)
+            loss_T[rows] = (weights_TK[rows] * (chunk.lse_C1 - chunk.target_CK)).sum(1)
             if not (wants_hidden or wants_weight):
                 continue
-            scaled_CK = weights_TK[rows] * token_weight_T[rows, None]
-            logits_CV.mul_(scaled_CK.sum(1, keepdim=True) / sum_C1).scatter_add_(1, ids_TK[rows], -scaled_CK)
-            d_logits_CV = logits_CV.to(dtype)
+            d_logits_CV = chunk.gradient(weights_TK[rows] * token_weight_T[rows, None]).to(dtype)
             if wants_hidden:
                 torch.mm(d_logits_CV, weight_VD, out=d_hidden_TD[rows])
             if wants_weight and dtype == torch.float32:
@@ -81,21 +108,21 @@ class _TokenLoss(torch.autograd.Function):
             d_hidden_TD.mul_(d_loss_sum)
         if d_weight_VD is not None:
             d_weight_VD = d_weight_VD.mul_(d_loss_sum).to(ctx.weight_dtype)
-        return d_hidden_TD, d_weight_VD, None, None, None
+        return d_hidden_TD, d_weight_VD, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, ids_TK):
+    def forward(ctx, hidden_TD, weight_VD, ids_TK, shard):
         logprobs_TK = torch.empty(ids_TK.shape, dtype=torch.float32, device=hidden_TD.device)
         size = chunk_tokens(weight_VD.shape[0])
         for hidden_CD, ids_CK, out_CK in zip(
             hidden_TD.split(size), ids_TK.split(size), logprobs_TK.split(size), strict=True
         ):
-            logits_CV = (hidden_CD @ weight_VD.T).float()
-            target_CK = logits_CV.gather(1, ids_CK)
-            out_CK.copy_(target_CK - _softmax_and_lse(logits_CV)[1])
+            chunk = _Rows(hidden_CD, weight_VD, ids_CK, shard)
+            out_CK.copy_(chunk.target_CK - chunk.lse_C1)
         ctx.save_for_backward(hidden_TD, weight_VD, ids_TK)
+        ctx.shard = shard
         return logprobs_TK
 
     @staticmethod
@@ -106,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden = hidden_TD.detach().requires_grad_(ctx.needs_input_grad[0])
             weight = weight_VD.detach().requires_grad_(ctx.needs_input_grad[1])
             ones_T = torch.ones(len(ids_TK), device=hidden.device)
-            loss_sum, _ = _TokenLoss.apply(hidden, weight, ids_TK, -d_logprobs_TK, ones_T)
+            loss_sum, _ = _TokenLoss.apply(hidden, weight, ids_TK, -d_logprobs_TK, ones_T, ctx.shard)
             wanted = [x for x in (hidden, weight) if x.requires_grad]
             grads = iter(torch.autograd.grad(loss_sum, wanted))
-        return (*tuple(next(grads) if x.requires_grad else None for x in (hidden, weight)), None)
+        return (*tuple(next(grads) if x.requires_grad else None for x in (hidden, weight)), None, None)
