@@ -16,6 +16,8 @@ from npd_ascend.errors import UserError
 if TYPE_CHECKING:
     from npd_ascend.runfolder import RunFolder
 
+_STARTED = time.time()  # the imports that follow are part of what the user waits for
+
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
@@ -65,43 +67,69 @@ def _parser() -> argparse.ArgumentParser:
 # Everything below imports what it needs when it is called: `npd --help` and a typo should not wait for torch.
 def _open(args: argparse.Namespace) -> "RunFolder":
     from npd_ascend.config import load_config
+    from npd_ascend.device import this_rank
     from npd_ascend.runfolder import open_run, reopen_run
 
-    if args.run and args.overrides:
-        raise UserError(f"overrides ({args.overrides[0]}) go with --config; a run folder keeps its configuration")
-    run = reopen_run(args.run) if args.run else open_run(load_config(args.config, args.overrides))
+    _refuse_overrides_of_a_run(args)
+    if args.run:
+        run, is_new = reopen_run(args.run), False
+    else:
+        config = load_config(args.config, args.overrides)
+        is_new = not config.run.folder.exists()
+        run = open_run(config)
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.INFO if this_rank().rank == 0 else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
         handlers=[logging.StreamHandler(), logging.FileHandler(run.logs / f"{args.command}.log")],
     )
+    if is_new:  # once per run, not once per stage
+        _say_licences(run)
     return run
 
 
+def _refuse_overrides_of_a_run(args: argparse.Namespace) -> None:
+    if args.run and args.overrides:
+        raise UserError(f"overrides ({args.overrides[0]}) go with --config; a run folder keeps its configuration")
+
+
+def _say_licences(run: "RunFolder") -> None:
+    from npd_ascend.model.families import licence_notice
+
+    models = [run.config.student.path, *([run.config.teacher.path] if run.config.teacher else [])]
+    for folder in dict.fromkeys(models):
+        if notice := licence_notice(folder):
+            logging.getLogger(__name__).warning(notice)
+
+
 def _stage(args: argparse.Namespace, work) -> int:
-    """Run one stage alone on its run folder and keep its wall time."""
+    _timed(_open(args), args.command, work, getattr(args, "version", None))
+    return 0
+
+
+def _timed(run: "RunFolder", command: str, work, version: int | None = None) -> None:
+    """One stage alone on its run folder; its wall time goes to logs/stages.jsonl."""
     from npd_ascend.durable import append_line
     from npd_ascend.runfolder import working_on
 
-    run = _open(args)
-    version = getattr(args, "version", None)
-    name = args.command if version is None else f"{args.command}-v{version}"
-    with working_on(run, args.command):
-        started = time.time()
-        work(run) if version is None else work(run, version)
-        row = {"stage": name, "started": started, "seconds": time.time() - started}
-        append_line(run.logs / "stages.jsonl", json.dumps(row))
-    return 0
+    name = command if version is None else f"{command}-v{version}"
+    with working_on(run, command):
+        try:
+            work(run) if version is None else work(run, version)
+        finally:
+            row = {"stage": name, "started": _STARTED, "seconds": time.time() - _STARTED}
+            append_line(run.logs / "stages.jsonl", json.dumps(row))
 
 
 def _run(args: argparse.Namespace) -> int:
     from npd_ascend.config import load_config
     from npd_ascend.preflight import check_run
-    from npd_ascend.runfolder import reopen_run, working_on
+    from npd_ascend.runfolder import allowed_changes, reopen_run, working_on
     from npd_ascend.supervisor import run_recipe
 
     if args.dry_run:
+        _refuse_overrides_of_a_run(args)
         config = reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
+        allowed_changes(config)
         print(check_run(config))
         return 0
     run = _open(args)
@@ -109,10 +137,28 @@ def _run(args: argparse.Namespace) -> int:
         return run_recipe(run)
 
 
+def _training_stage(args: argparse.Namespace, work) -> int:
+    """A stage that has as many processes as the trainer has ranks: this one is a rank, or starts them."""
+    from npd_ascend.device import this_rank
+    from npd_ascend.parallel.launch import run_ranks
+    from npd_ascend.runfolder import working_on
+
+    here, run = this_rank(), _open(args)
+    ranks = run.config.parallel.tp * run.config.parallel.dp
+    if here.world_size > 1 and here.rank > 0:
+        work(run)
+    elif here.world_size > 1 or ranks == 1:
+        _timed(run, args.command, work)
+    else:
+        with working_on(run, f"{args.command}-ranks"):
+            return run_ranks([args.command, "--run", str(run.path)], ranks, run.logs, args.command)
+    return 0
+
+
 def _sft(args: argparse.Namespace) -> int:
     from npd_ascend.trainer.stages import run_sft
 
-    return _stage(args, run_sft)
+    return _training_stage(args, run_sft)
 
 
 def _rollout(args: argparse.Namespace) -> int:
@@ -130,7 +176,7 @@ def _score(args: argparse.Namespace) -> int:
 def _distill(args: argparse.Namespace) -> int:
     from npd_ascend.trainer.stages import run_distill
 
-    return _stage(args, run_distill)
+    return _training_stage(args, run_distill)
 
 
 def _eval(args: argparse.Namespace) -> int:

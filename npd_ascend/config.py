@@ -33,6 +33,22 @@ class KernelConfig(_Section):
     loss: Literal["reference", "chunked"] = "chunked"
 
 
+class ParallelConfig(_Section):
+    """How the trainer's ranks share the model and the packs; rollouts and teacher run in processes of their own."""
+
+    tp: int = Field(1, ge=1)  # ranks that share every layer
+    dp: int = Field(1, ge=1)  # replicas that share the packs of a step
+    sequence_parallel: bool = False  # cut what lies between the layers over tokens
+    recompute: Literal["off", "selective", "full"] = "off"  # activations that are computed again in the backward
+    timeout_s: int = Field(600, ge=1)  # how long a rank waits for the others
+
+    @model_validator(mode="after")
+    def _sequence_needs_tp(self):
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel cuts over the tensor-parallel ranks; raise tp or set it to false")
+        return self
+
+
 class StudentConfig(_Section):
     path: Path  # Hugging Face folder: config.json, tokenizer, safetensors unless init is random
     init: Literal["pretrained", "random"] = "pretrained"
@@ -87,6 +103,7 @@ class DataConfig(_Section):
     gold: Source | None = None  # prompts with reference answers, for SFT
     prompts: Source | None = None  # what the student answers
     heldout: Source  # evaluated, never trained on
+    prompt_suffix: str = ""  # ends every user turn, for example " /no_think" for fast thinking
 
 
 class OptimizerConfig(_Section):
@@ -135,7 +152,6 @@ class NpdConfig(TrainConfig):
 
 
 class RolloutConfig(_Section):
-    engine: Literal["hf"] = "hf"
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     samples_per_prompt: int = Field(1, ge=1)
@@ -166,6 +182,7 @@ class Config(_Section):
     run: RunConfig
     device: DeviceConfig = DeviceConfig()
     kernels: KernelConfig = KernelConfig()
+    parallel: ParallelConfig = ParallelConfig()
     student: StudentConfig
     teacher: TeacherConfig | None = None
     data: DataConfig
@@ -205,6 +222,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; see configs/ for the ones that come with the project") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a text file that can be read ({error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -233,7 +252,10 @@ def _override(raw: dict, text: str) -> None:
         if not isinstance(section.setdefault(name, {}), dict):
             raise UserError(f"override {text!r}: {name} is a value, not a section")
         section = section[name]
-    section[leaf] = yaml.safe_load(value)
+    try:
+        section[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _first_error(error: ValidationError) -> str:

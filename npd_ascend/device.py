@@ -1,8 +1,21 @@
-"""The only file that names a device."""
+"""The only file that names a device or a collective library, and that reads where this process stands among others."""
+
+import os
+from dataclasses import dataclass
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_COLLECTIVES = {"cpu": "gloo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among those of one trainer, as torchrun or parallel/launch.py put it in the environment."""
+
+    rank: int
+    world_size: int
+    rendezvous: str  # init_method of torch.distributed
 
 
 def open_device(kind: str, threads: int) -> torch.device:
@@ -10,3 +23,27 @@ def open_device(kind: str, threads: int) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     return torch.device(kind)
+
+
+def collective_backend(device: torch.device) -> str:
+    return _COLLECTIVES[device.type]
+
+
+def this_rank() -> Rank:
+    return Rank(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rendezvous=os.environ.get("NPD_RENDEZVOUS", "env://"),
+    )
+
+
+def rank_environment(rank: int, world_size: int, rendezvous: str) -> dict[str, str]:
+    """What `this_rank` reads in a child of this process, all ranks on this host."""
+    # gloo would otherwise listen on whatever address the host name resolves to
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "NPD_RENDEZVOUS": rendezvous,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }

@@ -65,6 +65,20 @@ def _deal(order: Sequence[str], lengths: Mapping[str, int], pack_tokens: int, nu
     return packs
 
 
+def share_packs(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Which packs each rank trains on in one step: longest first, each to the rank with the least to do.
+
+    costs: of each pack, in any unit. A rank may get none. Ties go to the lower rank, packs keep their order.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [(0.0, rank) for rank in range(ranks)]  # a heap
+    for pack in sorted(range(len(costs)), key=lambda pack: (-costs[pack], pack)):
+        used, rank = load[0]
+        shares[rank].append(pack)
+        heapreplace(load, (used + costs[pack], rank))
+    return [sorted(share) for share in shares]
+
+
 def pack_fill(tokens: int, num_packs: int, pack_tokens: int) -> float:
     """Share of the packs' room that holds tokens, 0 to 1."""
     return tokens / (num_packs * pack_tokens)
@@ -85,8 +99,11 @@ class PackLayout:
     answer_lens: tuple[int, ...]  # per sample
 
 
-def lay_out(rows: Sequence[tuple[Sequence[int], int]], device: torch.device) -> PackLayout:
-    """Lay samples end to end. rows: (token ids, prompt length) of each sample, in pack order."""
+def lay_out(rows: Sequence[tuple[Sequence[int], int]], device: torch.device, multiple_of: int = 1) -> PackLayout:
+    """Lay samples end to end. rows: (token ids, prompt length) of each sample, in pack order.
+
+    multiple_of: what T must divide by (sequence parallelism); a last sample of padding without an answer sees to it.
+    """
     cu_seqlens: list[int] = [0]
     token_ids: list[int] = []
     predict: list[int] = []
@@ -97,6 +114,9 @@ def lay_out(rows: Sequence[tuple[Sequence[int], int]], device: torch.device) -> 
         answer_ids.extend(ids[prompt_len:])
         predict.extend(range(start + prompt_len - 1, start + len(ids) - 1))
         cu_seqlens.append(start + len(ids))
+    if padding := -cu_seqlens[-1] % multiple_of:
+        token_ids.extend([0] * padding)
+        cu_seqlens.append(len(token_ids))
     return PackLayout(
         token_ids_T=torch.tensor(token_ids, device=device),
         cu_seqlens=tuple(cu_seqlens),

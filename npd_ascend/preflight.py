@@ -10,6 +10,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.families import DecoderConfig, read_config
 from npd_ascend.model.hf_weights import check_hf_weights
+from npd_ascend.parallel.plan import refusal
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Prompt
 from npd_ascend.stream import Stream
@@ -27,6 +28,8 @@ def check_run(config: Config) -> str:
     student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
     lines.append(f"student  {_millions(student)} ({config.student.init}), {config.student.path}")
+    if reason := refusal(student, config.parallel.tp):
+        raise UserError(f"{config.student.path}/config.json: {reason}; choose another parallel.tp")
     if config.student.init == "pretrained":
         _check_weights(config.student.path)
     if config.teacher:
@@ -55,6 +58,7 @@ def _check_teacher(config: Config, tokenizer: ChatTokenizer, heldout: list[Promp
         tokenizer,
         dtype=config.teacher.dtype,
         vocab_size=shared_vocab_size(config),
+        pack_tokens=config.teacher.pack_tokens,
         name=str(config.teacher.path),
     )
 
@@ -100,13 +104,15 @@ def _check_apart(training: set[tuple[int, ...]], heldout: list[Prompt], key: str
 
 def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer) -> None:
     """Checkpoints (master and two moments, two kept and one being written), versions, the student, the stream."""
-    weights = 4 * _num_parameters(student)
+    weights = 4 * student.num_parameters
     need = weights * 3 * 3 + weights
     if config.npd:
         samples = sum(map(len, wanted_shards(config, tokenizer)))
         token_bytes = _BYTES_PER_TOKEN + 8 * config.teacher.top_k
         per_version = weights + samples * config.rollout.max_new_tokens * token_bytes
         need += per_version * len(phases(config.npd))
+    run = config.run.folder
+    need -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.exists() else 0
     existing = next(path for path in (config.run.folder, *config.run.folder.parents) if path.exists())
     if (free := shutil.disk_usage(existing).free) < need:
         raise UserError(
@@ -115,11 +121,5 @@ def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer
         )
 
 
-def _num_parameters(c: DecoderConfig) -> int:
-    attention = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
-    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-    return c.num_layers * layer + c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2) + c.hidden_size
-
-
 def _millions(config: DecoderConfig) -> str:
-    return f"{_num_parameters(config) / 1e6:.2f}M parameters, {config.num_layers} layers of {config.hidden_size}"
+    return f"{config.num_parameters / 1e6:.2f}M parameters, {config.num_layers} layers of {config.hidden_size}"

@@ -1,19 +1,18 @@
 """`npd run`: one process per stage, in the order of the recipe; each skips what is already done."""
 
-import ctypes
 import logging
 import signal
 import subprocess
 import sys
 
 from npd_ascend.errors import UserError
+from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.preflight import check_run
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.trainer.stages import phases
 
 # A stage that dies of a signal (out of memory, a stray kill) is started again; it continues from its last commit.
 RESTARTS = 2
-_PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
@@ -43,20 +42,16 @@ def recipe(run: RunFolder) -> list[list[str]]:
 def _run_stage(run: RunFolder, stage: list[str]) -> int:
     command = [sys.executable, "-m", "npd_ascend", stage[0], "--run", str(run.path), *stage[1:]]
     for attempt in range(RESTARTS + 1):
-        child = subprocess.Popen(command, preexec_fn=_die_with_parent)
+        child = subprocess.Popen(command, preexec_fn=die_with_parent)
         try:
             code = child.wait()
         except KeyboardInterrupt:  # the terminal sent it to the child too
             child.wait()
             raise
-        if code >= 0:
+        killed_by = -code if code < 0 else code - 128  # the stage itself, or one of its ranks
+        if killed_by <= 0 or killed_by == signal.SIGINT:
             return code
-        name = signal.Signals(-code).name
+        name = signal.Signals(killed_by).name
         if attempt < RESTARTS:
             _log.warning("npd %s was killed by %s; restart %d of %d", stage[0], name, attempt + 1, RESTARTS)
     raise UserError(f"npd {stage[0]} was killed by {name} {RESTARTS + 1} times (out of memory?); see {run.logs}")
-
-
-def _die_with_parent() -> None:
-    """A stage must not outlive its supervisor, or a second run would meet it in the same folder."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

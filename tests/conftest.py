@@ -4,11 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from npd_ascend.model.load import load_decoder
+from npd_ascend.records import Sample
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SLOW = os.environ.get("NPD_SLOW") == "1"
@@ -46,11 +48,11 @@ FAMILIES = {
 }
 
 
-def make_hf_model(family: str, seed: int = 0):
+def make_hf_model(family: str, seed: int = 0, **changes):
     """A random model whose biases and norms are not at their initial values, so that losing one shows."""
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**_SHAPE | extra)).eval()
+    model = model_class(config_class(**_SHAPE | extra | changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -60,6 +62,37 @@ def make_hf_model(family: str, seed: int = 0):
             else:
                 parameter.normal_(0, 0.15)
     return model
+
+
+def make_samples(lengths, vocab_size=61, top_k=5, seed=0):
+    """Ragged, prompts of 1 to 3 tokens, teacher distributions decades apart."""
+    random = np.random.Generator(np.random.PCG64(seed))
+    samples = []
+    for i, length in enumerate(lengths):
+        prompt_len = 1 + i % 3
+        logits = random.normal(0, 10.0 ** (i % 3 - 1), (length, vocab_size))
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ids = np.argsort(-logprobs, -1)[:, :top_k].astype(np.int32)
+        samples.append(
+            Sample(
+                sample_id=f"s{i}",
+                token_ids=tuple(random.integers(0, vocab_size, prompt_len + length).tolist()),
+                prompt_len=prompt_len,
+                teacher_topk_ids=ids,
+                teacher_topk_logprobs=np.take_along_axis(logprobs, ids, -1).astype(np.float32),
+            )
+        )
+    return samples
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A pool of gloo processes; tests that use it name a layout (tp, dp, sequence_parallel)."""
+    from ranks import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -4,31 +4,36 @@ import pytest
 import torch
 from conftest import CONFIGS
 
-from npd_ascend.checkpoint import load_checkpoint, save_checkpoint
+from npd_ascend.checkpoint import Checkpoints, Rectangle
 from npd_ascend.errors import UserError
 from npd_ascend.model.load import random_decoder
 from npd_ascend.weights.disk import DiskChannel
 
 
-def _state(value):
-    return {"master/w": torch.full((3,), float(value))}
+def _state(value=float("nan")):
+    return [Rectangle("master/w", (0,), (3,), torch.full((3,), float(value)))]
+
+
+def _save(folder, *steps):
+    checkpoints = Checkpoints(folder)
+    for step in steps:
+        checkpoints.save({"epoch": 0, "step": step}, _state(step))
+    checkpoints.wait()
 
 
 def test_the_newest_comes_back_and_two_are_kept(tmp_path):
-    assert load_checkpoint(tmp_path) is None
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, _state(step), {"epoch": 0, "step": step})
-    tensors, cursor = load_checkpoint(tmp_path)
-    assert tensors["master/w"][0] == 3
-    assert cursor["step"] == 3
+    state = _state()
+    assert Checkpoints(tmp_path).load(state) is None
+    _save(tmp_path, 1, 2, 3)
+    assert Checkpoints(tmp_path).load(state) == {"epoch": 0, "step": 3}
+    assert state[0].values.tolist() == [3, 3, 3]
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "torn", "no cursor"])
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damage, caplog):
-    for step in (1, 2):
-        save_checkpoint(tmp_path, step, _state(step), {"epoch": 0, "step": step})
-    file = tmp_path / "step-00000002" / "state.safetensors"
+    _save(tmp_path, 1, 2)
+    (file,) = (tmp_path / "step-00000002").glob("*.safetensors")
     if damage == "flip":
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
@@ -37,11 +42,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damag
         file.write_bytes(file.read_bytes()[:-2])
     else:
         (tmp_path / "step-00000002" / "cursor.json").unlink()
-    _, cursor = load_checkpoint(tmp_path)
-    assert cursor["step"] == 1
+    state = _state()
+    assert Checkpoints(tmp_path).load(state)["step"] == 1
+    assert state[0].values.tolist() == [1, 1, 1]
     assert "step-00000002: damaged" in caplog.text
-    save_checkpoint(tmp_path, 2, _state(2), {"epoch": 0, "step": 2})  # the name is free again
-    assert load_checkpoint(tmp_path)[1]["step"] == 2
+    _save(tmp_path, 2)  # the name is free again
+    assert Checkpoints(tmp_path).load(state)["step"] == 2
 
 
 def test_a_weight_version_whose_bytes_changed_is_refused(tmp_path):

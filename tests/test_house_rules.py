@@ -18,6 +18,8 @@ FORBIDDEN = {
     "metrics": [""],
     "config": ["errors|"],
     "model": ["errors|durable|model|"],
+    "parallel": ["device|errors|model|parallel|"],
+    "weights": ["durable|errors|model|parallel|weights|"],
     "rollout": ["!trainer", "!teacher", "!filters", "!evaluate", "!report"],
     "teacher": ["!trainer", "!rollout", "!evaluate", "!report"],
     "trainer": ["!rollout", "!teacher", "!evaluate", "!report"],

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from npd_ascend.errors import UserError
 from npd_ascend.model.families import read_config
-from npd_ascend.model.hf_weights import hf_tensors
+from npd_ascend.model.hf_weights import hf_views
 from npd_ascend.model.load import load_decoder, save_decoder
 
 CPU = {"dtype": torch.float32, "device": torch.device("cpu"), "attention_impl": "sdpa"}
@@ -41,9 +41,9 @@ def test_gradients_equal_transformers(hf_pair):
     (ours(torch.cat(samples), CU) @ ours.head_weight_VD.T).logsumexp(-1).sum().backward()
     sum(hf(sample[None]).logits[0].logsumexp(-1).sum() for sample in samples).backward()
     for parameter in ours.parameters():
-        parameter.data = parameter.grad  # so that hf_tensors names the gradients
+        parameter.data = parameter.grad  # so that hf_views names the gradients
     wanted = {name: parameter.grad for name, parameter in hf.named_parameters()}
-    got = dict(hf_tensors(ours))
+    got = {piece.name: view for piece, view in hf_views(ours)}
     assert got.keys() == wanted.keys()
     for name, grad in wanted.items():
         assert (got[name] - grad).abs().max() <= 2e-5 * grad.abs().max() + 1e-6, name
@@ -74,6 +74,7 @@ def _edited(folder, **changes):
         ({"param_sink_number": 128}, "unknown key ['param_sink_number']"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling="),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8}}, "rope_parameters"),
         ({"rope_parameters": None}, "rope_theta"),
         ({"vocab_size": None}, "'vocab_size' is missing"),

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import CONFIGS, make_samples
 
 from npd_ascend.config import OptimizerConfig
 from npd_ascend.errors import UserError
 from npd_ascend.model.load import random_decoder
 from npd_ascend.records import Sample
-from npd_ascend.trainer.objectives import Objective, batch_loss, make_batch
+from npd_ascend.trainer.objectives import Objective, batch_loss, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.schedule import learning_rate
 from npd_ascend.trainer.step import train_step
@@ -57,40 +57,25 @@ def test_sft_is_plain_cross_entropy():
     assert _one_token(LOGITS, 2, {0: 0.9}, 0.0) == pytest.approx(-math.log(0.15), rel=1e-5)
 
 
-def _samples(lengths, vocab_size, top_k=5, seed=0):
-    """Ragged, prompts of 1 to 3 tokens, teacher distributions decades apart."""
-    random = np.random.Generator(np.random.PCG64(seed))
-    samples = []
-    for i, length in enumerate(lengths):
-        prompt_len = 1 + i % 3
-        logits = random.normal(0, 10.0 ** (i % 3 - 1), (length, vocab_size))
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        ids = np.argsort(-logprobs, -1)[:, :top_k].astype(np.int32)
-        samples.append(
-            Sample(
-                sample_id=f"s{i}",
-                token_ids=tuple(random.integers(0, vocab_size, prompt_len + length).tolist()),
-                prompt_len=prompt_len,
-                teacher_topk_ids=ids,
-                teacher_topk_logprobs=np.take_along_axis(logprobs, ids, -1).astype(np.float32),
-            )
-        )
-    return samples
-
-
 def _gradients(split, objective, attention="sdpa"):
-    """(loss, gradients) of one step over packs given as lists of samples; the update itself is lr 0."""
+    """(loss, gradients) of one step over packs given as lists of samples, without the update."""
     model = random_decoder(
         CONFIGS / "addition" / "student", seed=0, dtype=torch.float32, device=CPU, attention_impl=attention
     )
     optimizer = MasterAdamW(model, OptimizerConfig(clip_norm=1e9))
     grads = {}
-    optimizer.step = lambda lr: grads.update({name: p.grad.clone() for name, p in model.named_parameters()})
-    stats = train_step(model, [make_batch(pack, objective, CPU) for pack in split], optimizer, objective, lr=0.0)
-    return stats.loss, grads
+    take = optimizer.gradients.take
+    optimizer.gradients.take = lambda: grads.update(take()) or dict(grads)
+    return _step(model, split, optimizer, objective, lr=0.0).loss, grads
 
 
-SAMPLES = _samples([1, 20, 3, 7, 7, 2, 1, 13], 15)
+def _step(model, packs, optimizer, objective, lr):
+    total = weight_sum([sample for pack in packs for sample in pack], objective)
+    batches = [make_batch(pack, objective, CPU) for pack in packs]
+    return train_step(model, batches, optimizer, objective, weight_sum=total, lr=lr)
+
+
+SAMPLES = make_samples([1, 20, 3, 7, 7, 2, 1, 13], 15)
 SPLITS = {
     "each alone": [[s] for s in SAMPLES],
     "two packs": [SAMPLES[:3], SAMPLES[3:]],
@@ -125,7 +110,7 @@ def test_a_mean_of_means_would_be_seen():
 
 def test_normalisation_by_hand():
     """Two samples of 1 and 4 answer tokens: token weights 1, 1/len, 1/sqrt(len)."""
-    two = _samples([1, 4], 15)
+    two = make_samples([1, 4], 15)
     per_sample = [_gradients([[sample]], Objective(lambda_=0.9))[0] for sample in two]
     for normalise, weights in {"token": (1, 4), "sample": (1, 1), "sqrt": (1, 2)}.items():
         wanted = (weights[0] * per_sample[0] + weights[1] * per_sample[1]) / sum(weights)
@@ -140,7 +125,7 @@ def test_bfloat16_keeps_float32_masters():
     objective, before = Objective(lambda_=0.9), model.layers[0].mlp.down.weight.float().clone()
     optimizer = MasterAdamW(model, OptimizerConfig())
     for _ in range(300):
-        train_step(model, [make_batch(SAMPLES, objective, CPU)], optimizer, objective, lr=1e-6)
+        _step(model, [SAMPLES], optimizer, objective, lr=1e-6)
     moved = (model.layers[0].mlp.down.weight.float() - before).abs().max()
     assert moved > 1e-4
     assert model.layers[0].mlp.down.weight.dtype == torch.bfloat16
@@ -157,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
     before = [p.clone() for p in model.parameters()]
     objective, optimizer = Objective(), MasterAdamW(model, OptimizerConfig())
     with pytest.raises(UserError, match="the loss is nan"):
-        train_step(model, [make_batch(SAMPLES, objective, CPU)], optimizer, objective, lr=1.0)
+        _step(model, [SAMPLES], optimizer, objective, lr=1.0)
     assert all(torch.equal(a, b) for a, b in zip(before[1:3], list(model.parameters())[1:3], strict=True))
 
 

@@ -2,56 +2,70 @@
 
 Dimensions: T tokens in a pack, D hidden, N query heads, G key/value heads, H head size, V vocabulary.
 The forward ends at the last hidden state: the head is multiplied inside the loss, chunk by chunk.
+
+Recomputation in the backward (Korthikanti et al. 2022, arXiv 2205.05198), none of which changes a value:
+`selective` gives up what is large and cheap (rotated q and k, attention's own state, the gated activation),
+`full` everything but the input of each layer.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from npd_ascend.model.families import DecoderConfig
+from npd_ascend.model.hf_weights import Piece, whole_pieces
 from npd_kernels.packed_attention import packed_attention
+from npd_kernels.token_loss import VocabShard
 
 
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig, impl: str):
+    def __init__(self, config: DecoderConfig, impl: str, recompute: bool):
         super().__init__()
-        self.impl, self.head_dim = impl, config.head_dim
-        self.split_sizes = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        self.impl, self.recompute, self.head_dim = impl, recompute, config.head_dim
+        self.split_sizes = config.qkv_rows
         self.qkv = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.qkv_bias)
         self.out = nn.Linear(self.split_sizes[0], config.hidden_size, bias=config.o_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_TD: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor, cu_seqlens: Sequence[int]):
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_TD).split(self.split_sizes, -1))
+        return self.out(_run(self.recompute, self._attend, self.qkv(x_TD), cos_T1H, sin_T1H, cu_seqlens))
+
+    def _attend(self, qkv: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor, cu_seqlens: Sequence[int]):
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.split_sizes, -1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos_T1H, sin_T1H), rotate(k, cos_T1H, sin_T1H)
-        attended_TNH = packed_attention(q, k, v, cu_seqlens, self.head_dim**-0.5, impl=self.impl)
-        return self.out(attended_TNH.flatten(1))
+        return packed_attention(q, k, v, cu_seqlens, self.head_dim**-0.5, impl=self.impl).flatten(1)
 
 
 class Mlp(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, recompute: bool):
         super().__init__()
+        self.recompute = recompute
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(_run(self.recompute, _swiglu, self.gate_up(x_TD)))
+
+
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
-    def __init__(self, config: DecoderConfig, attention_impl: str):
+    def __init__(self, config: DecoderConfig, attention_impl: str, recompute: bool):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, attention_impl)
+        self.attention = Attention(config, attention_impl, recompute)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, recompute)
 
     def forward(self, x_TD, cos_T1H, sin_T1H, cu_seqlens):
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_T1H, sin_T1H, cu_seqlens)
@@ -59,15 +73,30 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`attention_impl` is a key of npd_kernels.packed_attention.IMPLEMENTATIONS."""
+    """`attention_impl`: a key of npd_kernels.packed_attention.IMPLEMENTATIONS; `recompute`: off, selective or full.
 
-    def __init__(self, config: DecoderConfig, attention_impl: str):
+    What npd_ascend.parallel changes when it cuts the model:
+    pieces: parameter name -> the Hugging Face rectangles its rows are.
+    vocab_shard: the rows of the head that are here; None: all.
+    partial_gradients: parameters whose gradient here is a part of a sum over the tensor-parallel ranks.
+    kv_copies: how many slots over all tensor-parallel ranks hold each key and value head.
+    """
+
+    def __init__(self, config: DecoderConfig, attention_impl: str, recompute: str = "off"):
         super().__init__()
-        self.config = config
+        self.config, self._recompute = config, recompute == "full"
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention_impl) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Block(config, attention_impl, recompute == "selective") for _ in range(config.num_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.pieces: dict[str, list[Piece]] = {
+            name: whole_pieces(config, name, tuple(parameter.shape)) for name, parameter in self.named_parameters()
+        }
+        self.vocab_shard: VocabShard | None = None
+        self.partial_gradients: frozenset[str] = frozenset()
+        self.kv_copies = 1
 
     @property
     def head_weight_VD(self) -> torch.Tensor:
@@ -82,7 +111,7 @@ class Decoder(nn.Module):
         cos_T1H, sin_T1H = self._rotary(cu_seqlens)
         x_TD = self.embed(token_ids_T)
         for layer in self.layers:
-            x_TD = layer(x_TD, cos_T1H, sin_T1H, cu_seqlens)
+            x_TD = _run(self._recompute, layer, x_TD, cos_T1H, sin_T1H, cu_seqlens)
         return self.norm(x_TD)
 
     def _rotary(self, cu_seqlens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,14 +132,27 @@ def rotate(x_TNH: torch.Tensor, cos_T1H: torch.Tensor, signed_sin_T1H: torch.Ten
     return x_TNH * cos_T1H + x_TNH.roll(x_TNH.shape[-1] // 2, dims=-1) * signed_sin_T1H
 
 
+def _run(recompute: bool, fn: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+    """fn(*args); with `recompute` nothing but the arguments is kept for the backward, which calls fn again."""
+    if not (recompute and torch.is_grad_enabled()):
+        return fn(*args)
+    return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Normal weights with the config's std, zero biases, unit norms; the same for the same seed."""
+    """Normal weights with the config's std, zero biases, unit norms; the same for the same seed on any layout."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        else:
-            parameter.normal_(0.0, model.config.init_std, generator=generator)
+            continue
+        parameter.zero_()
+        if name.endswith("bias"):
+            continue
+        # the whole tensor is drawn, so that the stream of random numbers does not depend on the cut
+        for _, pieces in itertools.groupby(model.pieces[name], key=lambda piece: piece.name):
+            first, *replicas = pieces
+            whole = torch.empty(first.shape).normal_(0.0, model.config.init_std, generator=generator)
+            for piece in (first, *replicas):
+                parameter[piece.at : piece.at + piece.rows] = whole[piece.index].to(parameter)

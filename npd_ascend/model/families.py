@@ -5,6 +5,7 @@ name as openPangu-Embedded and is a different network.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,29 @@ class DecoderConfig:
     tie_embeddings: bool
     init_std: float
 
+    @property
+    def qkv_rows(self) -> list[int]:
+        """Rows of the query, key and value projections."""
+        return [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+
+    @property
+    def layer_matrix_size(self) -> int:
+        """Weights of one layer's projections, biases left out."""
+        return self.hidden_size * (sum(self.qkv_rows) + self.qkv_rows[0] + 3 * self.intermediate_size)
+
+    @property
+    def num_parameters(self) -> int:
+        bias = self.qkv_bias * sum(self.qkv_rows) + self.o_bias * self.hidden_size + 2 * self.qk_norm * self.head_dim
+        layer = self.layer_matrix_size + 2 * self.hidden_size + bias
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + tables + self.hidden_size
+
+    def forward_flops(self, sample_lens: Sequence[int], answer_tokens: int) -> float:
+        """Of the matrix products and causal attention of a pack; the head is multiplied for answer tokens only."""
+        attention = 2 * self.qkv_rows[0] * sum(length**2 for length in sample_lens)
+        head = 2 * self.vocab_size * self.hidden_size * answer_tokens
+        return self.num_layers * (2 * self.layer_matrix_size * sum(sample_lens) + attention) + head
+
 
 # model_type -> (bias on q, k, v; bias on o; norm on q and k); None: the config's own flag decides.
 _FAMILIES = {
@@ -55,28 +79,37 @@ _INERT = {
     "id2label", "label2id", "unk_token_id", "_model_name_or_path",
 }  # fmt: skip
 
+# What openPangu's configuration class fills in with the 7B model's values.
+_PANGU_KEYS = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "rope_theta", "rms_norm_eps", "bias", "tie_word_embeddings", "max_position_embeddings",
+}  # fmt: skip
+
 # Keys that are accepted only while they switch nothing on.
-_NEUTRAL: dict[str, set] = {
-    "hidden_act": {"silu"},
-    "attention_dropout": {0},
-    "mlp_bias": {False},
-    "rope_scaling": {None},
-    "use_sliding_window": {False},
+_NEUTRAL: dict[str, object] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0,
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "use_sliding_window": False,
 }
 
 
 def read_config(folder: Path) -> DecoderConfig:
     """Decoder shape of the model in `folder`; UserError names the file and the key that does not fit."""
     path = Path(folder) / "config.json"
+    return decoder_config(_read_raw(path), path)
+
+
+def _read_raw(path: Path) -> dict:
     try:
-        raw = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; a model folder holds config.json, a tokenizer and safetensors"
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
-    return decoder_config(raw, path)
 
 
 def decoder_config(raw: dict, path: Path) -> DecoderConfig:
@@ -85,6 +118,8 @@ def decoder_config(raw: dict, path: Path) -> DecoderConfig:
     if family not in _FAMILIES:
         raise UserError(f"{path}: model_type {family!r} is not supported; supported are {', '.join(_FAMILIES)}")
     _refuse_what_changes_the_network(raw, path)
+    if family == "PanguEmbedded" and (absent := sorted(_PANGU_KEYS - set(raw))):
+        raise UserError(f"{path}: key {absent[0]!r} is missing; openPangu's own code would take the 7B model's value")
     qkv_bias, o_bias, qk_norm = _FAMILIES[family]
     flag = bool(raw.get("attention_bias", raw.get("bias", False)))
     try:
@@ -109,10 +144,22 @@ def decoder_config(raw: dict, path: Path) -> DecoderConfig:
         raise UserError(f"{path}: key {error} is missing") from None
 
 
+def licence_notice(folder: Path) -> str | None:
+    """What whoever uses the model in `folder` should have been told; None if there is nothing particular."""
+    if _read_raw(folder / "config.json").get("model_type") != "PanguEmbedded":
+        return None
+    return (
+        f"{folder} holds openPangu weights: their use is under the OPENPANGU MODEL LICENSE AGREEMENT VERSION 1.0 (see "
+        f"LICENSE there), which does not license use inside the European Union; what you train from them is a "
+        f"derivative, and products based on it must display 'Powered by openPangu' and state 'openPangu is a "
+        f"trademark of Huawei Technologies Co., Ltd.'"
+    )
+
+
 def _refuse_what_changes_the_network(raw: dict, path: Path) -> None:
     for key, neutral in _NEUTRAL.items():
-        if key in raw and raw[key] not in neutral:
-            raise UserError(f"{path}: {key}={raw[key]!r} is not supported; only {sorted(neutral, key=str)[0]!r} is")
+        if key in raw and raw[key] != neutral:
+            raise UserError(f"{path}: {key}={raw[key]!r} is not supported; only {neutral!r} is")
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
         raise UserError(f"{path}: layer_types holds other than full_attention, which is not supported")
     if raw.get("sliding_window") is not None and raw.get("use_sliding_window", True):

@@ -1,19 +1,25 @@
 """Hugging Face safetensors in and out, tensor by tensor, through one table of names.
 
-The decoder fuses q, k, v and gate, up into one matrix each; a fused parameter is its parts stacked
-along dimension 0 in the order of the table.
+The decoder fuses q, k, v and gate, up into one matrix each; a fused parameter is its parts stacked along
+dimension 0 in the order of the table. A `Piece` says which rectangle of which Hugging Face tensor some rows of a
+parameter are: reading, writing, checkpoints and the cut over tensor-parallel ranks all go by it.
 """
 
 import json
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from npd_ascend.errors import UserError
-from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.families import DecoderConfig
+
+if TYPE_CHECKING:
+    from npd_ascend.model.decoder import Decoder
 
 _LAYER = {
     "attention_norm": ["input_layernorm"],
@@ -26,6 +32,27 @@ _LAYER = {
     "mlp.down": ["mlp.down_proj"],
 }
 _TOP = {"embed": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"]}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Rows `at` to `at + rows` of one of our parameters are a rectangle of a Hugging Face tensor."""
+
+    name: str  # of the Hugging Face tensor
+    shape: tuple[int, ...]  # of the whole of it
+    at: int
+    rows: int
+    row: int = 0  # where the rectangle begins there
+    col: int = 0
+    cols: int | None = None  # None: all of them, or a vector
+    primary: bool = True  # False: another piece, here or on another rank, holds the same values
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The rectangle as an index into the Hugging Face tensor."""
+        rows = slice(self.row, self.row + self.rows)
+        return (rows,) if self.cols is None else (rows, slice(self.col, self.col + self.cols))
 
 
 def hf_names(name: str) -> list[str]:
@@ -40,43 +67,57 @@ def hf_names(name: str) -> list[str]:
 def part_sizes(config: DecoderConfig, name: str) -> list[int] | None:
     """Rows of each part of a fused parameter; None where the parameter is a single tensor."""
     if ".qkv." in name:
-        return [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        return config.qkv_rows
     if ".gate_up." in name:
         return [config.intermediate_size] * 2
     return None
 
 
-def hf_tensors(model: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor view) for every parameter."""
+def whole_pieces(config: DecoderConfig, name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """Where a parameter of `shape` on a single rank comes from."""
+    pieces, at = [], 0
+    for part, rows in zip(hf_names(name), part_sizes(config, name) or [shape[0]], strict=True):
+        pieces.append(Piece(name=part, shape=(rows, *shape[1:]), at=at, rows=rows))
+        at += rows
+    return pieces
+
+
+def hf_views(model: "Decoder") -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Every piece of every parameter with the rows that hold it, as views."""
     for name, parameter in model.named_parameters():
-        sizes = part_sizes(model.config, name)
-        parts = parameter.detach().split(sizes) if sizes else [parameter.detach()]
-        yield from zip(hf_names(name), parts, strict=True)
+        for piece in model.pieces[name]:
+            yield piece, parameter.detach()[piece.at : piece.at + piece.rows]
 
 
 @torch.no_grad()
-def load_hf_weights(model: Decoder, folder: Path) -> None:
-    """Fill `model` from the safetensors in `folder`, whatever its parameters' dtype; UserError as check_hf_weights."""
+def load_hf_weights(model: "Decoder", folder: Path) -> None:
+    """Fill `model` from the safetensors in `folder`, whatever its parameters' dtype; UserError as check_hf_weights.
+
+    Only the rectangles that this rank holds are read; rows that no piece covers (vocabulary padding) become zero.
+    """
     files = check_hf_weights(model, folder)
-    for name, value in hf_tensors(model):
-        with _open(files[name]) as tensors:
-            value.copy_(tensors.get_tensor(name))
+    for name, parameter in model.named_parameters():
+        if sum(piece.rows for piece in model.pieces[name]) < len(parameter):
+            parameter.zero_()
+    for piece, view in hf_views(model):
+        with _open(files[piece.name]) as tensors:
+            view.copy_(tensors.get_slice(piece.name)[piece.index])
 
 
-def check_hf_weights(model: Decoder, folder: Path) -> dict[str, Path]:
+def check_hf_weights(model: "Decoder", folder: Path) -> dict[str, Path]:
     """Which file holds each tensor that `model` wants; the model may be on the meta device.
 
     UserError on a missing, misshapen or surplus tensor, from the files' headers alone. `rotary_emb.inv_freq`
     buffers, which some checkpoints carry, are computed from the config and passed over; so is a stored copy of a
     tied head.
     """
-    wanted = {name: tuple(value.shape) for name, value in hf_tensors(model)}
+    wanted = {piece.name: piece.shape for pieces in model.pieces.values() for piece in pieces}
     passed_over = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    files = {
-        name: file
-        for name, file in _index(Path(folder)).items()
-        if not name.endswith("rotary_emb.inv_freq") and name not in passed_over
-    }
+    stored = _index(Path(folder))
+    buffers = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+    if buffers:
+        _log.info("%s: %d rotary_emb.inv_freq tensors passed over; config.json decides", folder, len(buffers))
+    files = {name: file for name, file in stored.items() if name not in buffers | passed_over}
     for name, file in files.items():
         if name not in wanted:
             raise UserError(f"{file}: tensor {name} has no place in the network that config.json describes")

@@ -2,46 +2,79 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from npd_ascend.model.decoder import Decoder, initialise
 from npd_ascend.model.families import read_config
-from npd_ascend.model.hf_weights import hf_tensors, load_hf_weights
+from npd_ascend.model.hf_weights import hf_views, load_hf_weights
+from npd_ascend.model.safetensors_stream import write_safetensors
 
 # Everything but weights and their index belongs to the model and travels with it (licence files included).
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.gguf", "version.json")
 
 
-def load_decoder(folder: Path, *, dtype: torch.dtype, device: torch.device, attention_impl: str) -> Decoder:
-    """The model in `folder`, weights included, without a copy in another dtype beside it."""
-    model = Decoder(read_config(folder), attention_impl).to(dtype=dtype, device=device)
+def load_decoder(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_impl: str,
+    recompute: str = "off",
+    cut: Callable[[Decoder], None] | None = None,
+) -> Decoder:
+    """The model in `folder`, weights included, without a copy in another dtype beside it.
+
+    cut: called on the empty model before it takes any memory; leaves one rank's part of it.
+    """
+    model = _empty(folder, dtype, device, attention_impl, recompute, cut)
     load_hf_weights(model, folder)
     return model
 
 
 def random_decoder(
-    folder: Path, *, seed: int, dtype: torch.dtype, device: torch.device, attention_impl: str
+    folder: Path,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_impl: str,
+    recompute: str = "off",
+    cut: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
-    """The architecture of `folder`/config.json with fresh weights."""
-    model = Decoder(read_config(folder), attention_impl)
+    """The architecture of `folder`/config.json with fresh weights; `cut` as in load_decoder."""
+    model = _empty(folder, dtype, device, attention_impl, recompute, cut)
     initialise(model, seed)
-    return model.to(dtype=dtype, device=device)
+    return model
 
 
-def save_decoder(model: Decoder, source: Path, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def _empty(folder, dtype, device, attention_impl, recompute, cut) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(read_config(folder), attention_impl, recompute)
+    if cut:
+        cut(model)
+    return model.to(dtype=dtype).to_empty(device=device)
+
+
+def save_decoder(
+    model: Decoder, source: Path, folder: Path, tensors: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> None:
     """Write `folder` (made if needed) with the weights of `model` and every other file of `source`.
 
-    dtype: of the stored tensors; None keeps the model's.
+    tensors: the whole Hugging Face tensors by name, in any order, taken one at a time; None: those of a model that
+    is not cut.
     """
     copy_model_files(source, folder)
-    tensors = {name: value.to("cpu", dtype or value.dtype).contiguous().clone() for name, value in hf_tensors(model)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shapes = {piece.name: piece.shape for pieces in model.pieces.values() for piece in pieces}
+    dtype = model.embed.weight.dtype
+    if tensors is None:
+        tensors = ((piece.name, view) for piece, view in hf_views(model))
+    write_safetensors(folder / "model.safetensors", shapes, dtype, tensors)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

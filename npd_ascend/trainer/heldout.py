@@ -8,6 +8,7 @@ import torch
 
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import pack_samples
+from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.records import Rollout, Sample, Score
 from npd_ascend.trainer.objectives import Batch, Objective, batch_loss, make_batch
 from npd_kernels.token_loss import token_logprobs
@@ -24,23 +25,27 @@ class Heldout:
     version: int  # of the newest generator
 
     @torch.inference_mode()
-    def measure(self, model: Decoder) -> dict[str, float]:
-        """Token means over all held-out rollouts; metric names with '__' for '/'."""
-        kl_sum = kl_tokens = drift_sum = drift_tokens = 0.0
-        for batch in self.teacher_batches:
-            loss_sum, _ = batch_loss(_hidden(model, batch), model.head_weight_VD, batch, self.objective)
-            kl_sum, kl_tokens = kl_sum + float(loss_sum), kl_tokens + batch.weight_sum
-        for batch, generator_A in zip(self.generator_batches, self.generator_logprobs, strict=True):
-            ids_A1 = batch.layout.answer_ids_A[:, None]
-            current_A = token_logprobs(
-                _hidden(model, batch), model.head_weight_VD, ids_A1, impl=self.objective.loss_impl
+    def measure(self, model: Decoder, mesh: Mesh = ALONE) -> dict[str, float]:
+        """Token means over all held-out rollouts, the batches shared among replicas; names with '__' for '/'."""
+        sums = torch.zeros(2, device=model.embed.weight.device)
+        mine = slice(mesh.dp_rank, None, mesh.dp)
+        for batch in self.teacher_batches[mine]:
+            hidden_AD = _hidden(model, batch)
+            sums[0] += batch_loss(hidden_AD, model.head_weight_VD, batch, self.objective, model.vocab_shard)[0]
+        for batch, generator_A in zip(self.generator_batches[mine], self.generator_logprobs[mine], strict=True):
+            current_A1 = token_logprobs(
+                _hidden(model, batch),
+                model.head_weight_VD,
+                batch.layout.answer_ids_A[:, None],
+                shard=model.vocab_shard,
+                impl=self.objective.loss_impl,
             )
-            log_ratio_A = current_A[:, 0] - generator_A
-            drift_A = log_ratio_A.exp() * log_ratio_A - torch.expm1(log_ratio_A)
-            drift_sum, drift_tokens = drift_sum + float(drift_A.sum()), drift_tokens + len(drift_A)
+            log_ratio_A = current_A1[:, 0] - generator_A
+            sums[1] += (log_ratio_A.exp() * log_ratio_A - torch.expm1(log_ratio_A)).sum()
+        kl_sum, drift_sum = mesh.sum_over_dp(sums).tolist()
         return {
-            "heldout__kl_teacher": kl_sum / kl_tokens,
-            "heldout__drift": drift_sum / drift_tokens,
+            "heldout__kl_teacher": kl_sum / sum(len(batch.layout.answer_ids_A) for batch in self.teacher_batches),
+            "heldout__drift": drift_sum / sum(len(batch.layout.answer_ids_A) for batch in self.generator_batches),
             "heldout__version": self.version,
         }
 
@@ -52,6 +57,7 @@ def make_heldout(
     pack_tokens: int,
     loss_impl: str,
     device: torch.device,
+    multiple_of: int = 1,
 ) -> Heldout:
     """first: held-out rollouts of version 0 with scores; newest: held-out rollouts of the newest version."""
     objective = Objective(lambda_=1.0, loss_impl=loss_impl)
@@ -69,8 +75,8 @@ def make_heldout(
     generator_packs = _packs(generated, pack_tokens)
     plain = Objective(loss_impl=loss_impl)
     return Heldout(
-        teacher_batches=[make_batch(pack, objective, device) for pack in _packs(scored, pack_tokens)],
-        generator_batches=[make_batch(pack, plain, device) for pack in generator_packs],
+        teacher_batches=[make_batch(pack, objective, device, multiple_of) for pack in _packs(scored, pack_tokens)],
+        generator_batches=[make_batch(pack, plain, device, multiple_of) for pack in generator_packs],
         generator_logprobs=[
             torch.from_numpy(np.concatenate([rollout.logprobs for rollout in pack])).to(device)
             for pack in generator_packs

@@ -9,7 +9,8 @@ values with one tail bucket for everything outside C (`targets: tail`).
 Dimensions: A answer tokens of a pack, K = teacher's top-k, S = K + 1 target slots.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from npd_ascend.packing import PackLayout, lay_out
 from npd_ascend.records import Sample
-from npd_kernels.token_loss import token_logprobs, token_loss
+from npd_kernels.token_loss import VocabShard, token_logprobs, token_loss
 
 # Below this the student's tail mass is rounding noise of 1 - sum(p).
 _TAIL_FLOOR = 1e-6
@@ -42,15 +43,16 @@ class Batch:
     teacher_probs_AK: torch.Tensor | None  # float32, renormalised or full-vocabulary values
     token_weight_A: torch.Tensor  # float32
 
-    @property
-    def weight_sum(self) -> float:
-        """What the loss is divided by, once, after it was summed over the whole global batch."""
-        return float(self.token_weight_A.sum(dtype=torch.float64))
+
+def weight_sum(samples: Iterable[Sample], objective: Objective) -> float:
+    """What the loss is divided by, once, after it was summed over the global batch `samples` on all ranks."""
+    lens = (len(sample.token_ids) - sample.prompt_len for sample in samples)
+    return math.fsum({"token": n, "sample": 1.0, "sqrt": math.sqrt(n)}[objective.normalise] for n in lens)
 
 
-def make_batch(samples: Sequence[Sample], objective: Objective, device: torch.device) -> Batch:
-    """Lay the samples of one pack out with the targets of `objective`."""
-    layout = lay_out([(sample.token_ids, sample.prompt_len) for sample in samples], device)
+def make_batch(samples: Sequence[Sample], objective: Objective, device: torch.device, multiple_of: int = 1) -> Batch:
+    """Lay the samples of one pack out with the targets of `objective`; multiple_of: see lay_out."""
+    layout = lay_out([(sample.token_ids, sample.prompt_len) for sample in samples], device, multiple_of)
     lens = torch.tensor(layout.answer_lens)
     per_sample = {"token": torch.ones(len(lens)), "sample": 1 / lens, "sqrt": lens.rsqrt()}[objective.normalise]
     token_weight_A = per_sample.float().repeat_interleave(lens).to(device)
@@ -65,14 +67,24 @@ def make_batch(samples: Sequence[Sample], objective: Objective, device: torch.de
 
 
 def batch_loss(
-    hidden_AD: torch.Tensor, weight_VD: torch.Tensor, batch: Batch, objective: Objective
+    hidden_AD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    batch: Batch,
+    objective: Objective,
+    shard: VocabShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss_sum, loss_A): the weighted sum in nats with gradients, and each token's loss, detached."""
     if batch.teacher_probs_AK is not None and objective.targets == "tail":
-        return _tail_loss(hidden_AD, weight_VD, batch, objective)
+        return _tail_loss(hidden_AD, weight_VD, batch, objective, shard)
     weights_AS, constant_A = soft_target(batch, objective.lambda_)
     loss_sum, loss_A = token_loss(
-        hidden_AD, weight_VD, batch.target_ids_AS, weights_AS, batch.token_weight_A, impl=objective.loss_impl
+        hidden_AD,
+        weight_VD,
+        batch.target_ids_AS,
+        weights_AS,
+        batch.token_weight_A,
+        shard=shard,
+        impl=objective.loss_impl,
     )
     return loss_sum + (batch.token_weight_A * constant_A).sum(), loss_A + constant_A
 
@@ -86,8 +98,8 @@ def soft_target(batch: Batch, lambda_: float) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat([given_A1, lambda_ * batch.teacher_probs_AK], 1), lambda_ * negentropy_A
 
 
-def _tail_loss(hidden_AD, weight_VD, batch: Batch, objective: Objective):
-    logprobs_AS = token_logprobs(hidden_AD, weight_VD, batch.target_ids_AS, impl=objective.loss_impl)
+def _tail_loss(hidden_AD, weight_VD, batch: Batch, objective: Objective, shard: VocabShard | None):
+    logprobs_AS = token_logprobs(hidden_AD, weight_VD, batch.target_ids_AS, shard=shard, impl=objective.loss_impl)
     given_A, topk_AK, probs_AK = logprobs_AS[:, 0], logprobs_AS[:, 1:], batch.teacher_probs_AK
     teacher_tail_A = (1 - probs_AK.sum(-1)).clamp(min=0)
     student_tail_A = (1 - topk_AK.exp().sum(-1)).clamp(min=_TAIL_FLOOR)

@@ -2,16 +2,20 @@
 
 import itertools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from npd_ascend.config import Config, NpdConfig
 from npd_ascend.device import DTYPES, open_device
-from npd_ascend.durable import commit_folder
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
-from npd_ascend.model.load import load_decoder, random_decoder, save_decoder
+from npd_ascend.model.load import load_decoder, random_decoder
+from npd_ascend.parallel.mesh import ALONE, Mesh, open_mesh
+from npd_ascend.parallel.plan import cut_model
 from npd_ascend.prompts import max_prompt_tokens, read_prompts
 from npd_ascend.records import Sample
 from npd_ascend.runfolder import RunFolder
@@ -19,6 +23,7 @@ from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.heldout import Heldout, make_heldout
 from npd_ascend.trainer.loop import fit
 from npd_ascend.trainer.objectives import Objective
+from npd_ascend.weights.disk import export
 
 _log = logging.getLogger(__name__)
 
@@ -38,24 +43,47 @@ def phases(config: NpdConfig) -> list[Phase]:
     return [Phase(i, first, last) for i, (first, last) in enumerate(itertools.pairwise(cuts))]
 
 
-def start_student(config: Config) -> Decoder:
-    """The student before anything was trained."""
-    return _student(config, None if config.student.init == "random" else config.student.path)
+def start_student(config: Config, mesh: Mesh = ALONE) -> Decoder:
+    """This rank's part of the student before anything was trained."""
+    return _student(config, None if config.student.init == "random" else config.student.path, mesh)
 
 
-def _student(config: Config, weights: Path | None) -> Decoder:
-    """The student's network with the weights of a folder, or fresh ones from the run's seed."""
-    dtype, device = DTYPES[config.student.dtype], open_device(config.device.kind, config.device.threads)
-    attention = config.kernels.attention
-    if weights is None:
-        return random_decoder(
-            config.student.path, seed=config.run.seed, dtype=dtype, device=device, attention_impl=attention
-        )
-    return load_decoder(weights, dtype=dtype, device=device, attention_impl=attention)
+def _student(config: Config, weights: Path | None, mesh: Mesh) -> Decoder:
+    """This rank's part of the student with the weights of a folder, or fresh ones from the run's seed."""
+    fresh = partial(random_decoder, config.student.path, seed=config.run.seed)
+    return (partial(load_decoder, weights) if weights else fresh)(
+        dtype=DTYPES[config.student.dtype],
+        device=open_device(config.device.kind, config.device.threads),
+        attention_impl=config.kernels.attention,
+        recompute=config.parallel.recompute,
+        cut=partial(cut_model, mesh=mesh),
+    )
+
+
+@contextmanager
+def _ranks(config: Config) -> Iterator[Mesh]:
+    parallel = config.parallel
+    device = open_device(config.device.kind, config.device.threads)
+    with open_mesh(
+        parallel.tp,
+        parallel.dp,
+        sequence_parallel=parallel.sequence_parallel,
+        device=device,
+        timeout_s=parallel.timeout_s,
+    ) as mesh:
+        yield mesh
 
 
 def run_sft(run: RunFolder) -> None:
-    """Train on gold answers; publish weight version 0, or the final student if the run ends here."""
+    """Train on gold answers; publish weight version 0, or the final student if the run ends here.
+
+    Called by every rank of the trainer, as run_distill is.
+    """
+    with _ranks(run.config) as mesh:
+        _sft(run, mesh)
+
+
+def _sft(run: RunFolder, mesh: Mesh) -> None:
     config = run.config
     if config.sft is None:
         raise UserError(f"{run.path}/config.yaml: no sft section, so there is no SFT to run")
@@ -63,31 +91,48 @@ def run_sft(run: RunFolder) -> None:
         return
     tokenizer = ChatTokenizer(config.student.path)
     samples = gold_samples(config, tokenizer)
-    model = start_student(config)
+    model = start_student(config, mesh)
     objective = Objective(normalise=config.sft.normalise, loss_impl=config.kernels.loss)
-    metrics = MetricsLog(run.path, "sft")
-    fit(
-        model,
-        samples,
-        objective,
-        config.sft,
-        epochs=(0, config.sft.epochs),
-        seed=config.run.seed,
-        checkpoints=run.checkpoints / "sft",
-        metrics=metrics,
-    )
-    metrics.close()
+    with _metrics(run, "sft", mesh) as metrics:
+        fit(
+            model,
+            samples,
+            objective,
+            config.sft,
+            mesh=mesh,
+            epochs=(0, config.sft.epochs),
+            seed=config.run.seed,
+            checkpoints=run.checkpoints / "sft",
+            metrics=metrics,
+        )
     if config.npd:
-        run.weights.publish(0, model, config.student.path)
+        run.weights.publish(0, model, config.student.path, mesh)
     else:
-        _export(run, model)
+        export(run.student, model, config.student.path, mesh)
+
+
+@contextmanager
+def _metrics(run: RunFolder, stage: str, mesh: Mesh) -> Iterator[MetricsLog | None]:
+    """The log on rank 0, None on the others."""
+    if mesh.rank > 0:
+        yield None
+        return
+    metrics = MetricsLog(run.path, stage)
+    try:
+        yield metrics
+    finally:
+        metrics.close()
 
 
 def run_distill(run: RunFolder) -> None:
     """Train every NPD phase whose rollouts are decided; publish after each, export after the last."""
+    run.needs_npd()
+    with _ranks(run.config) as mesh:
+        _distill(run, mesh)
+
+
+def _distill(run: RunFolder, mesh: Mesh) -> None:
     config = run.config
-    if config.npd is None:
-        raise UserError(f"{run.path}/config.yaml: no npd section, so there is nothing to distil")
     plan = phases(config.npd)
     for phase in plan:
         finished = run.student.exists() if phase is plan[-1] else phase.version + 1 in run.weights.versions()
@@ -98,41 +143,42 @@ def run_distill(run: RunFolder) -> None:
                 raise UserError(f"{run.stream.folder}: nothing is scored yet; run `npd rollout` and `npd score` first")
             _log.info("next: npd rollout and npd score, --run %s --version %d", run.path, phase.version)
             return
-        model = _train_phase(run, phase)
+        model = _train_phase(run, phase, mesh)
         if phase is plan[-1]:
-            _export(run, model)
+            export(run.student, model, config.student.path, mesh)
         else:
-            run.weights.publish(phase.version + 1, model, config.student.path)
+            run.weights.publish(phase.version + 1, model, config.student.path, mesh)
 
 
-def _train_phase(run: RunFolder, phase: Phase) -> Decoder:
+def _train_phase(run: RunFolder, phase: Phase, mesh: Mesh) -> Decoder:
     config = run.config
-    samples, heldout = kept_samples(run, phase.version), _heldout(run, phase.version)
+    samples, heldout = kept_samples(run, phase.version), _heldout(run, phase.version, mesh)
     if not samples:
         raise UserError(
             f"{run.stream.folder}: the filters kept none of the rollouts of version {phase.version}; see the reasons "
-            f"in its decisions shard, then raise filters.tau or set filters.drop_below_zero: false"
+            f"in its decisions shard, then start a new run.folder with a higher filters.tau or with "
+            f"filters.drop_below_zero: false"
         )
-    model = _student(config, run.generator(phase.version))
+    model = _student(config, run.generator(phase.version), mesh)
     objective = Objective(
         lambda_=config.npd.lambda_,
         targets=config.npd.targets,
         normalise=config.npd.normalise,
         loss_impl=config.kernels.loss,
     )
-    metrics = MetricsLog(run.path, "npd")
-    fit(
-        model,
-        samples,
-        objective,
-        config.npd,
-        epochs=(phase.first, phase.last),
-        seed=config.run.seed,
-        checkpoints=run.checkpoints / "npd",
-        metrics=metrics,
-        heldout=heldout,
-    )
-    metrics.close()
+    with _metrics(run, "npd", mesh) as metrics:
+        fit(
+            model,
+            samples,
+            objective,
+            config.npd,
+            mesh=mesh,
+            epochs=(phase.first, phase.last),
+            seed=config.run.seed,
+            checkpoints=run.checkpoints / "npd",
+            metrics=metrics,
+            heldout=heldout,
+        )
     return model
 
 
@@ -140,6 +186,12 @@ def kept_samples(run: RunFolder, version: int) -> list[Sample]:
     """Training rows of one version: rollouts joined with scores, where the decision says kept."""
     kept = {decision.sample_id for decision in run.stream.read("decisions", version) if decision.kept}
     scores = {score.sample_id: score for score in run.stream.read("scores", version) if score.sample_id in kept}
+    rollouts = [rollout for rollout in run.stream.read("rollouts", version) if rollout.sample_id in kept]
+    if {rollout.sample_id for rollout in rollouts} != kept or scores.keys() != kept or len(rollouts) != len(kept):
+        raise UserError(
+            f"{run.stream.folder}: rollouts, scores and decisions of version {version} do not belong together; run "
+            f"`npd rollout` and `npd score --run {run.path} --version {version}`, which make what is missing anew"
+        )
     return [
         Sample(
             sample_id=rollout.sample_id,
@@ -148,15 +200,21 @@ def kept_samples(run: RunFolder, version: int) -> list[Sample]:
             teacher_topk_ids=scores[rollout.sample_id].teacher_topk_ids,
             teacher_topk_logprobs=scores[rollout.sample_id].teacher_topk_logprobs,
         )
-        for rollout in run.stream.read("rollouts", version)
-        if rollout.sample_id in kept
+        for rollout in rollouts
     ]
 
 
 def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
     """Training rows of SFT; UserError names the first that no pack can hold."""
     room = min(config.sft.pack_tokens, max_prompt_tokens(config, 0))
-    prompts = read_prompts(config.data.gold, tokenizer, key="data.gold", max_prompt_tokens=room, need_answer=True)
+    prompts = read_prompts(
+        config.data.gold,
+        tokenizer,
+        key="data.gold",
+        max_prompt_tokens=room,
+        suffix=config.data.prompt_suffix,
+        need_answer=True,
+    )
     samples = [
         Sample(
             sample_id=prompt.prompt_id,
@@ -174,7 +232,7 @@ def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
     return samples
 
 
-def _heldout(run: RunFolder, version: int) -> Heldout:
+def _heldout(run: RunFolder, version: int, mesh: Mesh) -> Heldout:
     scores = {score.sample_id: score for score in run.stream.read("scores", 0)}
     first = [(rollout, scores[rollout.sample_id]) for rollout in run.stream.read("rollouts", 0) if rollout.heldout]
     return make_heldout(
@@ -183,10 +241,5 @@ def _heldout(run: RunFolder, version: int) -> Heldout:
         pack_tokens=run.config.npd.pack_tokens,
         loss_impl=run.config.kernels.loss,
         device=open_device(run.config.device.kind, run.config.device.threads),
+        multiple_of=mesh.row_multiple,
     )
-
-
-def _export(run: RunFolder, model: Decoder) -> None:
-    """RUN/student, a Hugging Face folder."""
-    with commit_folder(run.student) as draft:
-        save_decoder(model, run.config.student.path, draft)

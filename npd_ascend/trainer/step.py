@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+
+import torch
 
 from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
+from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.trainer.objectives import Batch, Objective, batch_loss
 from npd_ascend.trainer.optimizer import MasterAdamW
 
@@ -14,37 +18,38 @@ from npd_ascend.trainer.optimizer import MasterAdamW
 class StepStats:
     loss: float  # nats per unit of token weight, over the whole step
     grad_norm: float
-    answer_tokens: int
-    tokens: int
 
 
 def train_step(
-    model: Decoder, batches: Sequence[Batch], optimizer: MasterAdamW, objective: Objective, *, lr: float
+    model: Decoder,
+    batches: Sequence[Batch],
+    optimizer: MasterAdamW,
+    objective: Objective,
+    *,
+    weight_sum: float,
+    lr: float,
+    mesh: Mesh = ALONE,
 ) -> StepStats:
-    """Sum over all packs of the step, divide once by their common weight, update.
+    """Sum over all packs of the step on all ranks, divide once by their common weight, update.
 
-    UserError if the loss or the gradient is not finite; the weights are then as they were.
+    batches: this data-parallel rank's packs, perhaps none. weight_sum: of the packs of all ranks.
+    UserError on every rank if the loss or the gradient is not finite; the weights are then as they were.
     """
-    weight_sum = math.fsum(batch.weight_sum for batch in batches)  # known before the first backward
-    loss = 0.0
+    loss = torch.zeros((), device=model.embed.weight.device)
     for batch in batches:
         hidden_TD = model(batch.layout.token_ids_T, batch.layout.cu_seqlens)
-        loss_sum, _ = batch_loss(hidden_TD[batch.layout.predict_A], model.head_weight_VD, batch, objective)
+        hidden_AD = hidden_TD[batch.layout.predict_A]
+        loss_sum, _ = batch_loss(hidden_AD, model.head_weight_VD, batch, objective, model.vocab_shard)
         pack_loss = loss_sum / weight_sum
-        loss += float(pack_loss.detach())
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss}; the last checkpoint is good, lower the learning rate and go on from it"
-            )
-        pack_loss.backward()
-        optimizer.accumulate()
-    grad_norm = optimizer.clip()
-    if not math.isfinite(grad_norm):
-        raise UserError(f"the gradient norm is {grad_norm}; the last checkpoint is good, lower the learning rate")
+        loss += pack_loss.detach()
+        with optimizer.gradients.last_backward() if batch is batches[-1] else nullcontext():
+            pack_loss.backward()
+    grad_norm = optimizer.reduce_and_clip()
+    stats = StepStats(loss=float(mesh.sum_over_dp(loss)), grad_norm=grad_norm)
+    if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
+        raise UserError(
+            f"the loss is {stats.loss} and the gradient norm {stats.grad_norm}; the last checkpoint is good, but the "
+            f"learning rate is not: start a new run.folder with a lower one"
+        )
     optimizer.step(lr)
-    return StepStats(
-        loss=loss,
-        grad_norm=grad_norm,
-        answer_tokens=sum(len(batch.layout.answer_ids_A) for batch in batches),
-        tokens=sum(len(batch.layout.token_ids_T) for batch in batches),
-    )
+    return stats

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Protocol
 
 from npd_ascend.model.decoder import Decoder
+from npd_ascend.parallel.mesh import Mesh
 
 
 class WeightChannel(Protocol):
-    def publish(self, version: int, model: Decoder, source: Path) -> None:
-        """Make `version` visible. `source`: the model folder whose config and tokenizer belong to it."""
+    def publish(self, version: int, model: Decoder, source: Path, mesh: Mesh) -> None:
+        """Make `version` visible; called by all ranks. `source`: the folder config and tokenizer are from."""
 
     def fetch(self, version: int) -> Path:
         """A Hugging Face folder with the weights of `version`, its checksum compared."""

@@ -7,20 +7,19 @@ from npd_ascend.durable import commit_folder, sha256
 from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.load import save_decoder
+from npd_ascend.parallel.mesh import ALONE, Mesh
+from npd_ascend.weights.gather import whole_tensors
 
 
 class DiskChannel:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
-    def publish(self, version: int, model: Decoder, source: Path) -> None:
+    def publish(self, version: int, model: Decoder, source: Path, mesh: Mesh = ALONE) -> None:
         """Write v<version>, float32 or bfloat16 as the model is. A version is never written twice."""
         if version in self.versions():
             raise AssertionError(f"version {version} is already published in {self.folder}")
-        with commit_folder(self.folder / f"v{version}") as draft:
-            save_decoder(model, source, draft)
-            stamp = {"version": version, "sha256": sha256(draft / "model.safetensors")}
-            (draft / "version.json").write_text(json.dumps(stamp) + "\n")
+        export(self.folder / f"v{version}", model, source, mesh, stamp={"version": version})
 
     def fetch(self, version: int) -> Path:
         """UserError if the version is not there or its weights differ from their checksum."""
@@ -29,8 +28,29 @@ class DiskChannel:
             raise UserError(f"{folder}: weight version {version} is not published; there are {self.versions()}")
         stamp = json.loads((folder / "version.json").read_text())
         if sha256(folder / "model.safetensors") != stamp["sha256"]:
-            raise UserError(f"{folder}/model.safetensors: differs from its checksum; delete {folder} and train again")
+            raise UserError(
+                f"{folder}/model.safetensors: differs from its checksum; restore it from a copy. "
+                f"If no later version was trained, delete {folder} and run the same command again to make it anew"
+            )
         return folder
 
     def versions(self) -> list[int]:
         return sorted(int(path.name[1:]) for path in self.folder.glob("v*"))
+
+
+def export(folder: Path, model: Decoder, source: Path, mesh: Mesh = ALONE, *, stamp: dict | None = None) -> None:
+    """`folder` as a Hugging Face folder, whole or not at all; called by all ranks, written by rank 0.
+
+    source: the model folder whose config, tokenizer and licence belong to the weights.
+    stamp: if given, written with the weights' checksum as version.json.
+    """
+    if mesh.rank == 0:
+        with commit_folder(folder) as draft:
+            save_decoder(model, source, draft, whole_tensors(model, mesh))
+            if stamp is not None:
+                stamp = stamp | {"sha256": sha256(draft / "model.safetensors")}
+                (draft / "version.json").write_text(json.dumps(stamp) + "\n")
+    elif mesh.dp_rank == 0:
+        for _ in whole_tensors(model, mesh):
+            pass
+    mesh.barrier()

@@ -1,0 +1,92 @@
+"""The trainer as real processes: one layout against another, a rank that dies, a rank that hangs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS
+from safetensors.torch import load_file
+
+ROOT = CONFIGS.parent
+
+
+def _command(folder, *overrides):
+    config = CONFIGS / "addition_cpu.yaml"
+    return [
+        *(sys.executable, "-m", "npd_ascend", "sft", "--config", str(config), f"run.folder={folder}"),
+        *("data.gold.count=200", "sft.epochs=3", "sft.pack_tokens=512", "sft.packs_per_step=3", *overrides),
+    ]
+
+
+def _weights(folder):
+    return load_file(folder / "weights" / "v0" / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    ["parallel.tp=2", "parallel.dp=2", "parallel.tp=2 parallel.dp=2 parallel.sequence_parallel=true"],
+)
+def test_npd_starts_the_ranks_and_trains_the_same_student(tmp_path, layout):
+    subprocess.run(_command(tmp_path / "one"), check=True, cwd=ROOT)
+    subprocess.run(_command(tmp_path / "many", *layout.split()), check=True, cwd=ROOT)
+    wanted, got = _weights(tmp_path / "one"), _weights(tmp_path / "many")
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (got[name] - value).norm() <= 1e-3 * value.norm(), name  # some twenty steps of Adam apart
+    assert len((tmp_path / "many/logs/stages.jsonl").read_text().splitlines()) == 1
+    rows = [line for line in (tmp_path / "many/metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    assert len(rows) == len(
+        [line for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
+    """Within the time-out, with nothing left running; the same command then goes on from the last checkpoint."""
+    command = _command(tmp_path / "run", "parallel.tp=2", "parallel.timeout_s=8", "sft.epochs=400")
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    children = _wait_for(lambda: _children(launcher.pid) if _steps(tmp_path / "run") > 10 else None)
+    assert len(children) == 2
+    second = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    os.kill(second, signal_)
+    stopped = time.monotonic()
+    _, said = launcher.communicate(timeout=60)
+    assert time.monotonic() - stopped < 8 + 10 + 20  # time-out, grace, a slow machine
+    assert launcher.returncode == (128 + signal.SIGKILL if signal_ == signal.SIGKILL else 2)
+    assert "rank 0 of 2 lost another rank or waited 8 s (parallel.timeout_s)" in said
+    assert ("rank 1 was killed by SIGKILL" in said) == (signal_ == signal.SIGKILL)
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_a_rank_started_by_hand_in_the_wrong_number_is_told(tmp_path):
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "NPD_RENDEZVOUS": f"file://{tmp_path}/store"}
+    done = subprocess.run(
+        _command(tmp_path / "run", "parallel.tp=2"), env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert "wants 2 processes but this is one of 3" in done.stderr
+
+
+def _steps(folder):
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("train/loss") if metrics.exists() else 0
+
+
+def _children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _wait_for(condition):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited 120 s in vain")
