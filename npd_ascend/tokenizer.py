@@ -1,24 +1,25 @@
 """The tokenizer of a model folder, its chat format, and the first thing in which two of them differ."""
 
 from pathlib import Path
+from typing import Any
 
 from npd_ascend.errors import UserError
+from npd_ascend.pangu_tokenizer import PanguTokenizer, is_pangu, split_thinking
 
 
 class ChatTokenizer:
-    """A Hugging Face fast tokenizer with one fixed convention for training, rollout and evaluation.
+    """A Hugging Face fast tokenizer, or openPangu's, with one fixed convention for training, rollout and evaluation.
 
     A prompt is the chat template with one user turn and the generation prompt, begun with BOS if the
     tokenizer has `add_bos_token` and the template does not write it; an answer ends with EOS.
     """
 
     def __init__(self, folder: Path):
-        from transformers import AutoTokenizer  # half a second, and only some commands need it
-
         self.folder = Path(folder)
         if not (self.folder / "tokenizer_config.json").exists():
             raise UserError(f"{self.folder}/tokenizer_config.json: no such file; a model folder holds its tokenizer")
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        self._thinks = is_pangu(self.folder)
+        self._tokenizer: Any = PanguTokenizer(self.folder) if self._thinks else _fast_tokenizer(self.folder)
         if self._tokenizer.chat_template is None:
             raise UserError(f"{self.folder}: the tokenizer has no chat_template; add one to tokenizer_config.json")
         if self._tokenizer.eos_token_id is None:
@@ -34,14 +35,21 @@ class ChatTokenizer:
         return (*self._tokenizer(text, add_special_tokens=False).input_ids, self.eos_id)
 
     def decode_answer(self, token_ids) -> str:
-        """The answer as text, without special tokens."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """The answer as text, without special tokens and without the thought before it."""
+        ids = list(token_ids)
+        if self._thinks:
+            kept = [id_ for id_ in ids if id_ not in (self.eos_id, self.pad_id, self._tokenizer.bos_token_id)]
+            return split_thinking(self._tokenizer.decode(kept))[1]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def decode_token(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id]))
 
     def alone_context(self, kind: str) -> tuple[int, ...]:
-        """What an answer is conditioned on when it stands alone: the assistant's header, or BOS only."""
+        """What an answer is conditioned on when it stands alone: BOS only, or the assistant's header.
+
+        The header comes after BOS where prompts begin with it.
+        """
         if kind == "bos":
             if self._tokenizer.bos_token_id is None:
                 raise UserError(f"{self.folder}: no bos_token; set teacher.alone_context: assistant_header")
@@ -52,7 +60,10 @@ class ChatTokenizer:
                 f"{self.folder}: the chat template adds no assistant header after the user's turn; "
                 f"set teacher.alone_context: bos"
             )
-        return self._encode(with_header[len(turn) :])
+        header, bos = self._encode(with_header[len(turn) :]), self._tokenizer.bos_token_id
+        # a template that writes BOS writes it in front of the turn that was cut off
+        begins_with_bos = bos is not None and self.encode_prompt("x")[0] == bos
+        return (bos, *header) if begins_with_bos and header[0] != bos else header
 
     def difference(self, other: "ChatTokenizer") -> str | None:
         """The first thing in which the two disagree, None if they agree."""
@@ -76,3 +87,9 @@ class ChatTokenizer:
         if getattr(self._tokenizer, "add_bos_token", False) and bos is not None and ids[:1] != (bos,):
             return (bos, *ids)
         return ids
+
+
+def _fast_tokenizer(folder: Path):
+    from transformers import AutoTokenizer  # half a second, and only some commands need it
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
