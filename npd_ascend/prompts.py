@@ -22,7 +22,9 @@ def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]
     cannot depend on where an earlier process was killed.
     """
     room = max_prompt_tokens(config, config.rollout.max_new_tokens)
-    training = read_prompts(config.data.prompts, tokenizer, key="data.prompts", max_prompt_tokens=room)
+    training = read_prompts(
+        config.data.prompts, tokenizer, key="data.prompts", max_prompt_tokens=room, suffix=config.data.prompt_suffix
+    )
     heldout = read_heldout(config, tokenizer, config.rollout.max_new_tokens)
     wanted = [(p, i) for p in training for i in range(config.rollout.samples_per_prompt)] + [(p, 0) for p in heldout]
     return [wanted[at : at + config.rollout.batch_size] for at in range(0, len(wanted), config.rollout.batch_size)]
@@ -31,7 +33,14 @@ def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]
 def read_heldout(config: Config, tokenizer: ChatTokenizer, max_new_tokens: int) -> list[Prompt]:
     """The held-out prompts, each with room for an answer of `max_new_tokens`."""
     room = max_prompt_tokens(config, max_new_tokens)
-    return read_prompts(config.data.heldout, tokenizer, key="data.heldout", max_prompt_tokens=room, heldout=True)
+    return read_prompts(
+        config.data.heldout,
+        tokenizer,
+        key="data.heldout",
+        max_prompt_tokens=room,
+        suffix=config.data.prompt_suffix,
+        heldout=True,
+    )
 
 
 def max_prompt_tokens(config: Config, max_new_tokens: int) -> int:
@@ -45,19 +54,26 @@ def read_prompts(
     *,
     key: str,
     max_prompt_tokens: int,
+    suffix: str = "",
     heldout: bool = False,
     need_answer: bool = False,
 ) -> list[Prompt]:
-    """All prompts of `source`, tokenised. `key` is the config key, named in errors.
+    """All prompts of `source` with `suffix` behind them, tokenised. `key` is the config key, named in errors.
 
-    UserError for an empty source, a line that does not fit, an answer that is missing where
-    `need_answer`, or a prompt above `max_prompt_tokens`.
+    Ids begin with the key's last part, so that two files of one name stay apart. UserError for an empty source, a
+    line that does not fit, an answer that is missing where `need_answer`, the same row twice, or a prompt above
+    `max_prompt_tokens`.
     """
-    prompts = []
-    for place, prompt_id, text, answer in _rows(source):
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    for place, row_id, text, answer in _rows(source):
+        prompt_id = f"{key.removeprefix('data.')}:{row_id}"
+        if prompt_id in seen:
+            raise UserError(f"{key}: {place} comes twice; name each data set once")
+        seen.add(prompt_id)
         if need_answer and answer is None:
             raise UserError(f"{key}: {place} has no answer, and SFT needs one")
-        token_ids = tokenizer.encode_prompt(text)
+        token_ids = tokenizer.encode_prompt(text + suffix)
         if len(token_ids) > max_prompt_tokens:
             raise UserError(
                 f"{key}: {place} has {len(token_ids)} tokens, but only {max_prompt_tokens} fit before the answer; "
@@ -78,7 +94,8 @@ def _rows(source: JsonlSource | AdditionSource | ReasoningGymSource) -> Iterator
 
 def _jsonl(source: JsonlSource) -> Iterator[tuple[str, str, str, str | None]]:
     try:
-        lines = source.path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): JSON strings may hold the other line separators of Unicode
+        lines = source.path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{source.path}: no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:

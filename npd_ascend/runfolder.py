@@ -1,6 +1,8 @@
 """The run folder: where everything lies, whose configuration it is, and who is working on it."""
 
 import fcntl
+import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,9 @@ from npd_ascend.errors import UserError
 from npd_ascend.stream import Stream
 from npd_ascend.weights.channel import WeightChannel
 from npd_ascend.weights.disk import DiskChannel
+
+_MAY_CHANGE = re.compile(r"(parallel|device|kernels)\..*|\w+\.checkpoint_every_steps|evaluate\.batch_size")
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -30,6 +35,11 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.evaluations = self.path / "evaluations.json"
 
+    def needs_npd(self) -> None:
+        """UserError for a run that only does SFT."""
+        if self.config.npd is None:
+            raise UserError(f"{self.path}/config.yaml: no npd section, so there is nothing to roll out or to distil")
+
     def generator(self, version: int) -> Path:
         """Folder with the weights that sample `version`; version 0 of a run without SFT is the student as given."""
         if version == 0 and self.config.sft is None:
@@ -41,18 +51,33 @@ def open_run(config: Config) -> RunFolder:
     """Make the folder or continue in it; UserError if it belongs to another configuration."""
     run = RunFolder(config)
     saved = run.path / "config.yaml"
-    if saved.exists():
-        was, now = yaml.safe_load(saved.read_text()), yaml.safe_load(dump_config(config))
-        if changed := [f"{key} was {old!r}, is {new!r}" for key, old, new in _differences(was, now)]:
-            raise UserError(
-                f"{saved}: this run was started with another configuration ({'; '.join(changed[:3])}); "
-                f"set run.folder to a new folder or delete {run.path}"
-            )
-    else:
+    changed = allowed_changes(config)
+    for key, old, new in changed:
+        _log.warning("%s: goes on with %s=%r instead of %r; equal up to rounding", run.path, key, new, old)
+    if changed or not saved.exists():
         with commit_file(saved) as draft:
             draft.write_text(dump_config(config))
     run.logs.mkdir(exist_ok=True)
     return run
+
+
+def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
+    """(key, was, is) of what differs from the run in config.run.folder, empty if there is none yet.
+
+    Only where and how it computes may differ; UserError names what would make it another run.
+    """
+    saved = config.run.folder / "config.yaml"
+    if not saved.exists():
+        return []
+    # through Config, so that a key that is newer than the folder has its default
+    was = yaml.safe_load(dump_config(load_config(saved, [f"run.folder={config.run.folder}"])))
+    differences = list(_differences(was, yaml.safe_load(dump_config(config))))
+    if other := [f"{key} was {old!r}, is {new!r}" for key, old, new in differences if not _MAY_CHANGE.fullmatch(key)]:
+        raise UserError(
+            f"{saved}: this run was started with another configuration ({'; '.join(other[:3])}); "
+            f"set run.folder to a new folder or delete {config.run.folder}"
+        )
+    return differences
 
 
 def reopen_run(folder: Path) -> RunFolder:

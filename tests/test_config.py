@@ -4,10 +4,12 @@ import pytest
 import yaml
 from conftest import CONFIGS
 
+from npd_ascend.__main__ import main
 from npd_ascend.config import dump_config, load_config
 from npd_ascend.errors import UserError
+from npd_ascend.runfolder import open_run
 
-ADDITION = CONFIGS / "addition_cpu.yaml"
+ADDITION, TEACHER = CONFIGS / "addition_cpu.yaml", CONFIGS / "addition_teacher.yaml"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
@@ -38,6 +40,7 @@ def test_overrides_are_typed():
         ("npd.epochs=many", "npd.epochs: Input should be a valid integer"),
         ("npd.lambda=1.5", "npd.lambda: Input should be less than or equal to 1"),
         ("npd.epochs", "'npd.epochs' is not key=value"),
+        ("npd.refresh_after=[3", "'npd.refresh_after=[3': the value is not YAML"),
         ("run.name.x=1", "name is a value, not a section"),
         ("npd.refresh_after=[5, 20]", "must rise and lie between 1 and epochs-1=9"),
         ("npd.optimizer.min_lr=1", "min_lr=1.0 is above lr"),
@@ -45,7 +48,7 @@ def test_overrides_are_typed():
         ("data.gold=null", "sft needs data.gold"),
         ("sft=null", "student.init=random without sft"),
         ("filters.max_tokens=99999", "lower the first or raise the second"),
-        ("rollout.engine=vlm", "rollout.engine: Input should be 'hf'"),
+        ("rollout.dtype=fp8", "rollout.dtype: Input should be"),
     ],
 )
 def test_a_wrong_setting_is_told_with_key_and_reason(override, said):
@@ -69,3 +72,46 @@ def test_a_file_that_is_no_configuration(tmp_path, text, said):
         load_config(tmp_path / "c.yaml")
     with pytest.raises(UserError, match="no such file"):
         load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="not a text file"):
+        load_config(tmp_path)
+
+
+def test_a_run_may_go_on_elsewhere_but_not_as_another(tmp_path, caplog):
+    folder = f"run.folder={tmp_path / 'run'}"
+    open_run(load_config(ADDITION, [folder]))
+    saved = tmp_path / "run" / "config.yaml"
+    # a folder of a version that did not know the key yet
+    saved.write_text(saved.read_text().replace("  timeout_s: 600\n", ""))
+    changed = load_config(ADDITION, [folder, "parallel.dp=2", "npd.checkpoint_every_steps=7"])
+    open_run(changed)
+    assert "parallel.dp=2 instead of 1" in caplog.text
+    assert load_config(saved) == changed
+    with pytest.raises(UserError, match=r"sft\.optimizer\.lr was 0\.003, is 0\.001"):
+        open_run(load_config(ADDITION, [folder, "sft.optimizer.lr=0.001"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rollout", "--run"], "no npd section"),
+        (["score", "--run"], "no npd section"),
+        (["distill", "--run"], "no npd section"),
+        (["run", "--dry-run", "npd.lambda=0.5", "--run"], "overrides (npd.lambda=0.5) go with --config"),
+        (
+            ["run", "--dry-run", "--config", str(CONFIGS / "addition_teacher.yaml"), "sft.epochs=2"],
+            "sft.epochs was 1, is 2",
+        ),
+    ],
+)
+def test_a_command_that_cannot_be_is_told_in_one_line(tmp_path, capsys, arguments, said):
+    folder = tmp_path / "run"
+    open_run(load_config(TEACHER, [f"run.folder={folder}"]))
+    arguments = [*arguments, str(folder)] if arguments[-1] == "--run" else [*arguments, f"run.folder={folder}"]
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_pruning_a_folder_without_weights_is_refused(tmp_path, capsys):
+    assert main(["prune", str(CONFIGS / "addition" / "student"), str(tmp_path / "cut"), "--keep", "0"]) == 2
+    assert "model.safetensors: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists()

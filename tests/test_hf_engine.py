@@ -26,7 +26,7 @@ def loaded(request, tmp_path_factory):
             "auto_map": {"AutoConfig": "x.Y"},
         }
         (folder / "config.json").write_text(json.dumps(config))
-    engine = HfEngine(dtype=torch.float32, device=torch.device("cpu"), eos_id=EOS, pad_id=0)
+    engine = HfEngine(dtype=torch.float32, device=torch.device("cpu"), eos_id=EOS, pad_id=0, vocab_size=61)
     engine.load_weights(folder)
     return model, engine
 
@@ -63,6 +63,13 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(loaded):
     alone = [engine.generate([request], Sampling(1.0))[0] for request in requests]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert len({c.token_ids for c in together[::4]}) > 1  # same prompt, other seeds
+
+
+def test_ids_that_stand_for_no_token_are_never_sampled(loaded):
+    _, engine = loaded
+    engine._vocab_size = 20
+    done = engine.generate([Request(PROMPTS[0], 16, seed) for seed in range(8)], Sampling(1.0))
+    assert max(token for completion in done for token in completion.token_ids) < 20
 
 
 def test_logprobs_are_raw_whatever_the_sampling_rule(loaded):

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import CONFIGS
 
-from npd_ascend.config import AdditionSource, JsonlSource
+from npd_ascend.config import AdditionSource, JsonlSource, ReasoningGymSource
 from npd_ascend.errors import UserError
 from npd_ascend.prompts import read_prompts
 from npd_ascend.tokenizer import ChatTokenizer
@@ -25,10 +25,10 @@ def test_lines_become_prompts(tokenizer, tmp_path):
     file = tmp_path / "sums.jsonl"
     file.write_text('{"prompt": "1+1", "answer": "2"}\n\n{"prompt": "12+3"}\n')
     one, two = _read(tokenizer, file)
-    assert (one.prompt_id, one.text, one.answer) == ("sums:1", "1+1", "2")
-    assert (two.prompt_id, two.answer) == ("sums:3", None)
+    assert (one.prompt_id, one.text, one.answer) == ("prompts:sums:1", "1+1", "2")
+    assert (two.prompt_id, two.answer) == ("prompts:sums:3", None)
     assert tokenizer.decode_answer(two.token_ids) == "12+3="
-    assert [p.prompt_id for p in _read(tokenizer, file, first=1, count=1)] == ["sums:3"]
+    assert [p.prompt_id for p in _read(tokenizer, file, first=1, count=1)] == ["prompts:sums:3"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,26 @@ def test_a_bad_line_is_told_with_its_number(tokenizer, tmp_path, line, said):
     with pytest.raises(UserError) as error:
         _read(tokenizer, file)
     assert said in str(error.value)
+
+
+def test_files_of_one_name_stay_apart_and_one_row_twice_is_refused(tokenizer, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "1+1"}\n')
+    source = JsonlSource(kind="jsonl", path=file)
+    ids = {
+        read_prompts(source, tokenizer, key=f"data.{role}", max_prompt_tokens=12)[0].prompt_id
+        for role in ("prompts", "heldout")
+    }
+    assert len(ids) == 2
+    twice = ReasoningGymSource(kind="reasoning_gym", datasets=("chain_sum", "chain_sum"), count=4)
+    pytest.importorskip("reasoning_gym", reason="not installed; requirements-smollm2.txt")
+    with pytest.raises(UserError, match=r"chain_sum\[0\] comes twice"):
+        read_prompts(twice, tokenizer, key="data.prompts", max_prompt_tokens=10_000)
+
+
+def test_other_line_separators_of_unicode_do_not_end_a_line(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "1+1", "note": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert [prompt.text for prompt in _read(tokenizer, tmp_path / "a.jsonl")] == ["1+1"]
 
 
 def test_missing_empty_and_short_files(tokenizer, tmp_path):
@@ -85,8 +105,10 @@ def test_slices_of_addition_do_not_meet(tokenizer):
 def test_the_tokenizer_and_its_header(tokenizer):
     assert tokenizer.decode_answer(tokenizer.encode_answer("1042")) == "1042"
     assert tokenizer.encode_answer("7")[-1] == tokenizer.eos_id
-    header = tokenizer.alone_context("assistant_header")
-    assert tokenizer.encode_prompt("1+1")[-len(header) :] == header
+    bos, *header = tokenizer.alone_context("assistant_header")
+    prompt = tokenizer.encode_prompt("1+1")
+    assert (bos, *header) == (prompt[0], prompt[-1])  # the template writes BOS in front and "=" behind
+    assert tokenizer.alone_context("bos") == (bos,)
     assert tokenizer.difference(ChatTokenizer(CONFIGS / "addition" / "teacher")) is None
 
 

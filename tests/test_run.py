@@ -161,6 +161,32 @@ def test_stages_by_hand_give_the_same_weights(reference, tmp_path):
     assert weights(folder) == weights(reference)
 
 
+@pytest.mark.parametrize("kind", ["rollouts", "scores"])
+def test_what_a_message_advises_for_a_damaged_shard_works(reference, tmp_path, kind):
+    """Its line removed, the same run makes it anew and ends with the same student."""
+    folder = Path(shutil.copytree(reference, tmp_path / "run"))
+    shutil.rmtree(folder / "student")
+    shutil.rmtree(folder / "checkpoints" / "npd")
+    shutil.rmtree(folder / "weights" / "v1")
+    (folder / "stream" / f"{kind}-v0-00001.parquet").write_bytes(b"rotten")
+    said = refused(npd_on("distill", folder))
+    assert f"{kind}-v0-00001.parquet: differs" in said
+    manifest = folder / "stream" / "manifest.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(line for line in lines if f"{kind}-v0-00001" not in line))
+    assert npd_on("distill", folder).returncode == 2  # not trained on a part
+    assert npd_on("run", folder).returncode == 0
+    assert weights(folder) == weights(reference)
+
+
+def test_a_version_is_not_made_from_later_weights(reference, tmp_path):
+    folder = Path(shutil.copytree(reference, tmp_path / "run"))
+    shutil.rmtree(folder / "student")
+    shutil.rmtree(folder / "weights" / "v1")
+    assert "past epoch 2 where this phase ends" in refused(npd_on("distill", folder))
+    assert not (folder / "weights" / "v1").exists()
+
+
 def test_another_configuration_in_the_same_folder_is_refused(reference):
     said = refused(npd("run", reference, "npd.lambda=0.5"))
     assert "npd.lambda was 0.9, is 0.5" in said

@@ -83,6 +83,16 @@ def test_the_stream_is_one_table(tmp_path):
     assert rows[1]["teacher_topk_ids"] == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_the_table_takes_a_shard_without_rows_and_no_file_without_a_line(tmp_path):
+    stream = Stream(tmp_path / "stream")
+    stream.commit("rollouts", 0, 0, [rollout(0), rollout(1)])
+    stream.commit("scores", 0, 0, [])
+    stream.commit("scores", 0, 1, [score(1)])
+    stray = tmp_path / "stream" / "rollouts-v0-00007.parquet"
+    stray.write_bytes((tmp_path / "stream" / "rollouts-v0-00000.parquet").read_bytes())
+    assert [row["teacher_loss"] for row in read_table(tmp_path).to_pylist()] == [None, 1.0]
+
+
 def test_a_torn_manifest_line_never_was_and_does_not_spoil_the_next(tmp_path):
     stream = Stream(tmp_path)
     stream.commit("rollouts", 0, 0, [rollout(0)])

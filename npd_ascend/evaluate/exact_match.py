@@ -57,6 +57,7 @@ def exact_match(config: Config, folder: Path, tokenizer: ChatTokenizer, prompts:
         device=open_device(config.device.kind, config.device.threads),
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
     )
     engine.load_weights(folder)
     right, size = 0, config.evaluate.batch_size

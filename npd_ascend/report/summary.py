@@ -71,7 +71,8 @@ def kept_share(versions: Sequence[Version]) -> float | None:
 
 
 def stage_seconds(run: RunFolder) -> dict[str, float]:
-    """Wall seconds per stage, in the order of first appearance; a stage that ran in parts is summed.
+    """Wall seconds per stage, in the order of first appearance; a stage that ran in parts is summed,
+    but for parts that ended with SIGKILL.
 
     `report` itself is left out, so that asking twice gives the same answer.
     """

@@ -17,8 +17,12 @@ from npd_ascend.rollout.engine import Completion, Request, Sampling
 
 
 class HfEngine:
-    def __init__(self, *, dtype: torch.dtype, device: torch.device, eos_id: int, pad_id: int):
+    """vocab_size: of the tokenizer; ids that the model pads beyond it are never sampled, though they keep their mass in
+    the log-probs."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, eos_id: int, pad_id: int, vocab_size: int):
         self._dtype, self._device, self._eos_id, self._pad_id = dtype, device, eos_id, pad_id
+        self._vocab_size = vocab_size
         self._model: Any = None
 
     def load_weights(self, folder: Path) -> None:
@@ -55,7 +59,9 @@ class HfEngine:
             ).logits[:, -1]
             logprobs_BV = torch.log_softmax(logits_BV.float(), -1)
             draws_B = np.array([uniforms[row][step] if step < limits[row] else 0.0 for row in rows])
-            tokens_B = pick_tokens(logprobs_BV, torch.from_numpy(draws_B).to(self._device), sampling)
+            tokens_B = pick_tokens(
+                logprobs_BV[:, : self._vocab_size], torch.from_numpy(draws_B).to(self._device), sampling
+            )
             picked_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
             for row, token, logprob in zip(rows, tokens_B.tolist(), picked_B.tolist(), strict=True):
                 if finish[row]:

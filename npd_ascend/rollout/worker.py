@@ -17,6 +17,7 @@ from npd_ascend.tokenizer import ChatTokenizer
 
 def run_rollouts(run: RunFolder, version: int) -> None:
     """Commit every missing rollout shard of `version`; nothing to do is a quick no."""
+    run.needs_npd()
     config = run.config
     tokenizer = ChatTokenizer(config.student.path)
     shards = wanted_shards(config, tokenizer)
@@ -26,7 +27,11 @@ def run_rollouts(run: RunFolder, version: int) -> None:
         return
     device = open_device(config.device.kind, config.device.threads)
     engine = HfEngine(
-        dtype=DTYPES[config.rollout.dtype], device=device, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+        dtype=DTYPES[config.rollout.dtype],
+        device=device,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
     )
     engine.load_weights(run.generator(version))
     metrics = MetricsLog(run.path, f"rollout-v{version}")

@@ -45,15 +45,19 @@ class Stream:
 
     def entries(self, kind: str, version: int) -> dict[int, Entry]:
         """Committed shards by number."""
+        return {entry.shard: entry for entry in self.every() if (entry.kind, entry.version) == (kind, version)}
+
+    def every(self) -> list[Entry]:
+        """All committed shards; of a shard that was made again only the last."""
         if not self.manifest.exists():
-            return {}
+            return []
         # a last line without its newline was torn by a kill and never committed
         lines = self.manifest.read_text().split("\n")[:-1]
         try:
-            every = [Entry(**json.loads(line)) for line in lines]
+            entries = [Entry(**json.loads(line)) for line in lines]
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{self.manifest}: damaged ({error}); delete {self.folder} to make it again") from None
-        return {entry.shard: entry for entry in every if (entry.kind, entry.version) == (kind, version)}
+        return list({(entry.kind, entry.version, entry.shard): entry for entry in entries}.values())
 
     def read_shard(self, entry: Entry) -> list:
         """Records of one shard, after its checksum was compared with the manifest's."""
@@ -61,8 +65,8 @@ class Stream:
         if not path.exists() or sha256(path) != entry.sha256:
             state = "differs from the checksum in manifest.jsonl" if path.exists() else "is gone"
             raise UserError(
-                f"{path}: {state}; remove its line from {self.manifest.name} and run the same command again "
-                f"to make this shard anew"
+                f"{path}: {state}; remove its line from {self.manifest.name}, then "
+                f"`npd run --run {self.folder.parent}` makes this shard anew"
             )
         return from_table(entry.kind, pq.read_table(path))
 
@@ -77,12 +81,13 @@ def read_table(run: Path) -> pa.Table:
 
     For notebooks and replays: rollouts joined with scores and decisions on sample_id.
     """
-    joined = _whole_table(Path(run) / "stream", "rollouts")
+    stream = Stream(Path(run) / "stream")
+    joined = _whole_table(stream, "rollouts")
     if joined is None:
         raise UserError(f"{run}/stream: no rollouts; run `npd rollout --run {run}` first")
     wanted = joined["sample_id"].to_pylist()
     for kind in ("scores", "decisions"):
-        table = _whole_table(Path(run) / "stream", kind)
+        table = _whole_table(stream, kind)
         if table is None:
             continue
         row_of = {sample_id: row for row, sample_id in enumerate(table["sample_id"].to_pylist())}
@@ -93,6 +98,8 @@ def read_table(run: Path) -> pa.Table:
     return joined
 
 
-def _whole_table(folder: Path, kind: str) -> pa.Table | None:
-    files = sorted(folder.glob(f"{kind}-v*.parquet"))
-    return pa.concat_tables([pq.read_table(file) for file in files]) if files else None
+def _whole_table(stream: Stream, kind: str) -> pa.Table | None:
+    entries = sorted((e for e in stream.every() if e.kind == kind), key=lambda e: (e.version, e.shard))
+    # a shard without rows does not know the width of its top-k columns
+    filled = [entry for entry in entries if entry.rows] or entries[:1]
+    return pa.concat_tables([pq.read_table(stream.folder / entry.file) for entry in filled]) if filled else None

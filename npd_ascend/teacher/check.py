@@ -18,7 +18,14 @@ SELF_TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 def check_teacher(
-    model: Decoder, prompts: Sequence[Prompt], tokenizer: ChatTokenizer, *, dtype: str, vocab_size: int, name: str
+    model: Decoder,
+    prompts: Sequence[Prompt],
+    tokenizer: ChatTokenizer,
+    *,
+    dtype: str,
+    vocab_size: int,
+    pack_tokens: int,
+    name: str,
 ) -> str:
     """One line that says what was found; UserError if the teacher must not be used.
 
@@ -30,7 +37,7 @@ def check_teacher(
     ][:64]
     if not rows:
         return "teacher: no reference answers to check it on; its entropy on rollouts is checked instead"
-    together = score_answers(model, rows, top_k=1, vocab_size=vocab_size, pack_tokens=1_000_000)
+    together = score_answers(model, rows, top_k=1, vocab_size=vocab_size, pack_tokens=pack_tokens)
     alone = score_answers(model, rows[:8], top_k=1, vocab_size=vocab_size, pack_tokens=1)
     gap = max(float(np.abs(a.logprob_A - b.logprob_A).max()) for a, b in zip(alone, together, strict=False))
     if not gap <= SELF_TOLERANCE_NATS[dtype]:

@@ -25,10 +25,12 @@ def run_scoring(run: RunFolder, version: int) -> None:
 
     Score shard i holds the rollouts of rollout shard i that pass the free filters.
     """
-    if run.stream.entries("decisions", version):
+    run.needs_npd()
+    entries, committed = run.stream.entries("rollouts", version), run.stream.entries("scores", version)
+    if run.stream.entries("decisions", version) and entries.keys() == committed.keys():
         return
     tokenizer = ChatTokenizer(run.config.student.path)
-    entries, expected = run.stream.entries("rollouts", version), len(wanted_shards(run.config, tokenizer))
+    expected = len(wanted_shards(run.config, tokenizer))
     if len(entries) < expected:
         raise UserError(
             f"{run.stream.folder}: {len(entries)} of {expected} rollout shards of version {version} are there; "
@@ -38,7 +40,6 @@ def run_scoring(run: RunFolder, version: int) -> None:
     rollouts = [rollout for shard in shards.values() for rollout in shard]
     dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
     metrics = MetricsLog(run.path, f"score-v{version}")
-    committed = run.stream.entries("scores", version)
     if missing := [shard for shard in shards if shard not in committed]:
         _score_shards(run, version, tokenizer, shards, missing, dropped, metrics)
     scores = {score.sample_id: score for score in run.stream.read("scores", version)}
@@ -62,7 +63,15 @@ def _score_shards(
     teacher, student = load_teacher(run.config), _load_generator(run, version)
     vocab_size = shared_vocab_size(run.config)
     heldout = read_heldout(run.config, tokenizer, 0)
-    check_teacher(teacher, heldout, tokenizer, dtype=teacher_config.dtype, vocab_size=vocab_size, name=name)
+    check_teacher(
+        teacher,
+        heldout,
+        tokenizer,
+        dtype=teacher_config.dtype,
+        vocab_size=vocab_size,
+        pack_tokens=teacher_config.pack_tokens,
+        name=name,
+    )
     context = tokenizer.alone_context(teacher_config.alone_context)
     total = sum(map(len, shards.values()))
     with progress(f"score v{version}", total, "samples", total - sum(len(shards[s]) for s in missing)) as bar:
