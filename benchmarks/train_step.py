@@ -26,7 +26,7 @@ from npd_ascend.config import OptimizerConfig
 from npd_ascend.device import DTYPES
 from npd_ascend.model.load import random_decoder
 from npd_ascend.records import Sample
-from npd_ascend.trainer.objectives import Objective, make_batch
+from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.step import train_step
 
@@ -73,12 +73,13 @@ def step_against_bound(dtype: torch.dtype, steps: int) -> dict:
         (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2_135M))
         model = random_decoder(Path(folder), seed=0, dtype=dtype, device=CPU, attention_impl="sdpa")
     optimizer, objective = MasterAdamW(model, OptimizerConfig()), Objective(lambda_=0.9)
-    batch = make_batch(_samples(), objective, CPU)
+    samples = _samples()
+    batch = make_batch(samples, objective, CPU)
     step_s, rate = [], []
     for _ in range(steps + 1):
         rate.append(_gemm_flops_per_s(dtype))
         started = time.perf_counter()
-        train_step(model, [batch], optimizer, objective, lr=1e-5)
+        train_step(model, [batch], optimizer, objective, weight_sum=weight_sum(samples, objective), lr=1e-5)
         step_s.append(time.perf_counter() - started)
     projections = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("embed"))
     flops = 6 * projections * len(batch.layout.token_ids_T) + 6 * model.head_weight_VD.numel() * len(
