@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
-from npd_ascend.config import AdditionSource, Config, JsonlSource, ReasoningGymSource
+from npd_ascend.config import AdditionSource, Config, DataConfig, JsonlSource, ReasoningGymSource
 from npd_ascend.errors import UserError
 from npd_ascend.model.families import read_config
 from npd_ascend.records import Prompt
@@ -22,9 +23,7 @@ def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]
     cannot depend on where an earlier process was killed.
     """
     room = max_prompt_tokens(config, config.rollout.max_new_tokens)
-    training = read_prompts(
-        config.data.prompts, tokenizer, key="data.prompts", max_prompt_tokens=room, suffix=config.data.prompt_suffix
-    )
+    training = read_prompts(config.data, "prompts", tokenizer, max_prompt_tokens=room)
     heldout = read_heldout(config, tokenizer, config.rollout.max_new_tokens)
     wanted = [(p, i) for p in training for i in range(config.rollout.samples_per_prompt)] + [(p, 0) for p in heldout]
     return [wanted[at : at + config.rollout.batch_size] for at in range(0, len(wanted), config.rollout.batch_size)]
@@ -33,14 +32,7 @@ def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]
 def read_heldout(config: Config, tokenizer: ChatTokenizer, max_new_tokens: int) -> list[Prompt]:
     """The held-out prompts, each with room for an answer of `max_new_tokens`."""
     room = max_prompt_tokens(config, max_new_tokens)
-    return read_prompts(
-        config.data.heldout,
-        tokenizer,
-        key="data.heldout",
-        max_prompt_tokens=room,
-        suffix=config.data.prompt_suffix,
-        heldout=True,
-    )
+    return read_prompts(config.data, "heldout", tokenizer, max_prompt_tokens=room)
 
 
 def max_prompt_tokens(config: Config, max_new_tokens: int) -> int:
@@ -49,37 +41,36 @@ def max_prompt_tokens(config: Config, max_new_tokens: int) -> int:
 
 
 def read_prompts(
-    source: JsonlSource | AdditionSource | ReasoningGymSource,
+    data: DataConfig,
+    role: Literal["gold", "prompts", "heldout"],
     tokenizer: ChatTokenizer,
     *,
-    key: str,
     max_prompt_tokens: int,
-    suffix: str = "",
-    heldout: bool = False,
-    need_answer: bool = False,
 ) -> list[Prompt]:
-    """All prompts of `source` with `suffix` behind them, tokenised. `key` is the config key, named in errors.
+    """All prompts of data.<role>, tokenised, data.prompt_suffix behind each.
 
-    Ids begin with the key's last part, so that two files of one name stay apart. UserError for an empty source, a
-    line that does not fit, an answer that is missing where `need_answer`, the same row twice, or a prompt above
-    `max_prompt_tokens`.
+    Ids begin with the role, so that two files of one name stay apart. UserError for an empty source, a line that does
+    not fit, a gold row without an answer, the same row twice, or a prompt above `max_prompt_tokens`.
     """
+    source, key = getattr(data, role), f"data.{role}"
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for place, row_id, text, answer in _rows(source):
-        prompt_id = f"{key.removeprefix('data.')}:{row_id}"
+        prompt_id = f"{role}:{row_id}"
         if prompt_id in seen:
             raise UserError(f"{key}: {place} comes twice; name each data set once")
         seen.add(prompt_id)
-        if need_answer and answer is None:
+        if role == "gold" and answer is None:
             raise UserError(f"{key}: {place} has no answer, and SFT needs one")
-        token_ids = tokenizer.encode_prompt(text + suffix)
+        token_ids = tokenizer.encode_prompt(text + data.prompt_suffix)
         if len(token_ids) > max_prompt_tokens:
             raise UserError(
                 f"{key}: {place} has {len(token_ids)} tokens, but only {max_prompt_tokens} fit before the answer; "
                 f"shorten or remove it, or raise the model's context or lower max_new_tokens"
             )
-        prompts.append(Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, answer=answer, heldout=heldout))
+        prompts.append(
+            Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, answer=answer, heldout=role == "heldout")
+        )
     if not prompts:
         raise UserError(f"{key}: {getattr(source, 'path', source.kind)} gives no prompt")
     return prompts

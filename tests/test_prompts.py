@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import CONFIGS
 
-from npd_ascend.config import AdditionSource, JsonlSource, ReasoningGymSource
+from npd_ascend.config import AdditionSource, DataConfig, JsonlSource, ReasoningGymSource
 from npd_ascend.errors import UserError
 from npd_ascend.prompts import read_prompts
 from npd_ascend.tokenizer import ChatTokenizer
@@ -18,7 +18,12 @@ def tokenizer():
 
 def _read(tokenizer, path, **changes):
     source = JsonlSource(kind="jsonl", path=path, **changes)
-    return read_prompts(source, tokenizer, key="data.prompts", max_prompt_tokens=12)
+    return read_source(source, tokenizer)
+
+
+def read_source(source, tokenizer, role="prompts", max_prompt_tokens=12):
+    data = DataConfig(**{"heldout": source, role: source})
+    return read_prompts(data, role, tokenizer, max_prompt_tokens=max_prompt_tokens)
 
 
 def test_lines_become_prompts(tokenizer, tmp_path):
@@ -54,15 +59,11 @@ def test_files_of_one_name_stay_apart_and_one_row_twice_is_refused(tokenizer, tm
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "1+1"}\n')
     source = JsonlSource(kind="jsonl", path=file)
-    ids = {
-        read_prompts(source, tokenizer, key=f"data.{role}", max_prompt_tokens=12)[0].prompt_id
-        for role in ("prompts", "heldout")
-    }
-    assert len(ids) == 2
+    prompts, heldout = (read_source(source, tokenizer, role) for role in ("prompts", "heldout"))
+    assert prompts[0].prompt_id != heldout[0].prompt_id
     twice = ReasoningGymSource(kind="reasoning_gym", datasets=("chain_sum", "chain_sum"), count=4)
-    pytest.importorskip("reasoning_gym", reason="not installed; requirements-smollm2.txt")
     with pytest.raises(UserError, match=r"chain_sum\[0\] comes twice"):
-        read_prompts(twice, tokenizer, key="data.prompts", max_prompt_tokens=10_000)
+        read_source(twice, tokenizer, max_prompt_tokens=10_000)
 
 
 def test_other_line_separators_of_unicode_do_not_end_a_line(tokenizer, tmp_path):
@@ -88,13 +89,13 @@ def test_sft_needs_answers(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "1+1"}\n')
     source = JsonlSource(kind="jsonl", path=tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a.jsonl:1 has no answer, and SFT needs one"):
-        read_prompts(source, tokenizer, key="data.gold", max_prompt_tokens=12, need_answer=True)
+        read_source(source, tokenizer, "gold")
 
 
 def test_slices_of_addition_do_not_meet(tokenizer):
     def texts(first, count):
         source = AdditionSource(kind="addition", first=first, count=count)
-        return [p.text for p in read_prompts(source, tokenizer, key="k", max_prompt_tokens=60)]
+        return [p.text for p in read_source(source, tokenizer, max_prompt_tokens=60)]
 
     assert len(set(texts(0, 500) + texts(500, 500))) == 1000
     assert texts(0, 500)[100:200] == texts(100, 100)

@@ -207,14 +207,7 @@ def kept_samples(run: RunFolder, version: int) -> list[Sample]:
 def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
     """Training rows of SFT; UserError names the first that no pack can hold."""
     room = min(config.sft.pack_tokens, max_prompt_tokens(config, 0))
-    prompts = read_prompts(
-        config.data.gold,
-        tokenizer,
-        key="data.gold",
-        max_prompt_tokens=room,
-        suffix=config.data.prompt_suffix,
-        need_answer=True,
-    )
+    prompts = read_prompts(config.data, "gold", tokenizer, max_prompt_tokens=room)
     samples = [
         Sample(
             sample_id=prompt.prompt_id,
