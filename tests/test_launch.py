@@ -48,7 +48,7 @@ def test_npd_starts_the_ranks_and_trains_the_same_student(tmp_path, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
-    """Within the time-out, with nothing left running; the same command then goes on from the last checkpoint."""
+    """Within the time-out, with nothing left running."""
     command = _command(tmp_path / "run", "parallel.tp=2", "parallel.timeout_s=8", "sft.epochs=400")
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     children = _wait_for(lambda: _children(launcher.pid) if _steps(tmp_path / "run") > 10 else None)
@@ -63,6 +63,26 @@ def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
     assert ("rank 1 was killed by SIGKILL" in said) == (signal_ == signal.SIGKILL)
     assert "Traceback" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_layout(tmp_path):
+    longer = ["sft.epochs=40", "sft.checkpoint_every_steps=5"]
+    killed = subprocess.Popen(_command(tmp_path / "run", *longer, "parallel.tp=2"), cwd=ROOT)
+    children = _wait_for(lambda: _children(killed.pid) if _steps(tmp_path / "run") > 12 else None)
+    killed.kill()
+    killed.wait()
+    _wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))  # they die with their parent
+    done = subprocess.run(
+        _command(tmp_path / "run", *longer, "parallel.dp=2"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "goes on with parallel.tp=1 instead of 2" in done.stderr
+    assert "going on at epoch" in done.stderr
+    subprocess.run(_command(tmp_path / "one", *longer), check=True, cwd=ROOT)
+    wanted, got = _weights(tmp_path / "one"), _weights(tmp_path / "run")
+    for name, value in wanted.items():
+        assert (got[name] - value).norm() <= 1e-2 * value.norm(), name  # eighty steps of Adam apart
 
 
 def test_a_rank_started_by_hand_in_the_wrong_number_is_told(tmp_path):
