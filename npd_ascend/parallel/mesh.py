@@ -33,7 +33,8 @@ class Mesh:
     sequence_parallel: bool = False
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
-    host_group: dist.ProcessGroup | None = None  # all ranks, CPU tensors: checkpoints, beside the training
+    # All ranks, CPU tensors. A checkpoint that is being written has it for itself.
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def tp_rank(self) -> int:
@@ -131,10 +132,13 @@ def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Ten
     return values
 
 
-def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False):
-    """[n, ...] of every rank, one after the other: ([ranks * n, ...], handle or None)."""
-    whole = rows.new_empty(rows.shape[0] * dist.get_world_size(group), *rows.shape[1:])
-    return whole, _gather_into(whole, rows.contiguous(), group=group, async_op=async_op)
+def gather_rows(
+    rows: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False, out: torch.Tensor | None = None
+):
+    """[n, ...] of every rank, one after the other: ([ranks * n, ...], handle or None). out: where to, if not new."""
+    if out is None:
+        out = rows.new_empty(rows.shape[0] * dist.get_world_size(group), *rows.shape[1:])
+    return out, _gather_into(out, rows.contiguous(), group=group, async_op=async_op)
 
 
 def reduce_scatter_rows(whole: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False):

@@ -1,7 +1,7 @@
 """AdamW on float32 master weights, its state cut over the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054).
 
 A rank keeps masters and moments of the rows whose gradient sums it gets (trainer/gradients.py), updates them, and
-the ranks gather the new weights. torch's own ways were measured against what is needed here: ZeroRedundancyOptimizer
+the ranks gather the new weights. torch's own ways do not fit: ZeroRedundancyOptimizer
 assigns whole parameters (the embedding alone is a fifth of openPangu-1B) and has no masters; FSDP2 gathers weights in
 every forward.
 """
@@ -9,6 +9,7 @@ every forward.
 from collections.abc import Iterator
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from npd_ascend.checkpoint import Rectangle
 from npd_ascend.config import OptimizerConfig
@@ -47,10 +48,8 @@ class MasterAdamW:
         for name, master in self._masters.items():
             master.grad = grads[name]
         counted = [grads[name][rows] for name in grads for rows in self._counted_rows(name)]
-        norms = torch.stack(torch._foreach_norm(counted)) if counted else torch.zeros(1)
-        norm = self._mesh.norm_over_all(torch.linalg.vector_norm(norms))
-        scale = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(list(grads.values()), scale)
+        norm = self._mesh.norm_over_all(get_total_norm(counted))
+        clip_grads_with_norm_(self._masters.values(), self._clip_norm, norm)
         return float(norm)
 
     def _counted_rows(self, name: str) -> list[slice]:
@@ -85,10 +84,10 @@ class MasterAdamW:
             if own.dtype != torch.float32:
                 own.copy_(self._masters[name])
             if self._mesh.dp > 1 and self.gradients.is_cut(name):
-                in_flight.append((param, *gather_rows(own, self._mesh.dp_group, async_op=True)))
-        for param, whole, handle in in_flight:
+                # a copy: input and output of a collective must not share memory
+                in_flight.append(gather_rows(own.clone(), self._mesh.dp_group, async_op=True, out=param.detach()))
+        for _, handle in in_flight:
             handle.wait()
-            param.detach().copy_(whole)
 
     def rectangles(self, *, copies: bool) -> Iterator[Rectangle]:
         """Masters and moments of this rank as views, named after the Hugging Face tensors they belong to.
