@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every check and every test, the slow ones included, in an environment of its own.
-#   bash launch/test.sh [pytest arguments]
+# Every check and every test, the slow ones included, in environments of their own.
+#   bash launch/test.sh [pytest arguments]      with arguments: without the checks for Ascend
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh
@@ -10,3 +10,7 @@ $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy npd_ascend kernels/npd_kernels
 NPD_SLOW=1 $bin/python -m pytest "$@"
+if [ $# = 0 ]; then
+  environment .venv-ascend requirements-ascend-check.txt
+  .venv-ascend/bin/python -m pytest --confcutdir=tests/ascend tests/ascend
+fi

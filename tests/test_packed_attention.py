@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npd_kernels.packed_attention import packed_attention, reference
+from npd_kernels.packed_attention import impl_triton, packed_attention, reference
 
 LENGTHS = [1, 17, 17, 64, 3, 3, 3, 29]
 CU = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
@@ -35,18 +35,24 @@ def _plain(q, k, v, cu):
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_sdpa_is_no_worse_than_plain_code(dtype, heads):
+_CASES = [
+    *((impl, torch.float32, heads) for impl in ("sdpa", "triton") for heads in [(4, 4), (4, 2), (6, 1)]),
+    *(("sdpa", torch.bfloat16, heads) for heads in [(4, 4), (4, 2), (6, 1)]),
+    ("triton", torch.bfloat16, (4, 2)),  # the interpreter computes it in float32, and slowly
+]
+
+
+@pytest.mark.parametrize(("impl", "dtype", "heads"), _CASES, ids=str)
+def test_no_worse_than_plain_code(impl, dtype, heads):
     inputs = _inputs(CU[-1], heads, dtype=dtype)
     upstream = torch.randn(CU[-1], heads[0], 32, generator=torch.Generator().manual_seed(9)).double()
     truth = _gradients(
         lambda q, k, v: reference.packed_attention(q, k, v, CU, 32**-0.5), [x.double() for x in inputs], upstream
     )
     plain = _gradients(lambda q, k, v: _plain(q, k, v, CU), inputs, upstream)
-    fused = _gradients(lambda q, k, v: packed_attention(q, k, v, CU, 32**-0.5, impl="sdpa"), inputs, upstream)
+    fused = _gradients(lambda q, k, v: packed_attention(q, k, v, CU, 32**-0.5, impl=impl), inputs, upstream)
     wrong = [*CU[:3], CU[3] + 1, *CU[4:]]  # planted mistake: one seam off by one
-    off = _gradients(lambda q, k, v: packed_attention(q, k, v, wrong, 32**-0.5, impl="sdpa"), inputs, upstream)
+    off = _gradients(lambda q, k, v: packed_attention(q, k, v, wrong, 32**-0.5, impl=impl), inputs, upstream)
     for want, have, got, bad in zip(truth, plain, fused, off, strict=True):
         floor = 4 * torch.finfo(dtype).eps * want.abs().max()
         expected = max((have - want).abs().max(), floor)
@@ -61,6 +67,37 @@ def test_any_lengths(lengths, seed):
     q, k, v = _inputs(cu[-1], seed=seed)
     want = reference.packed_attention(q, k, v, cu, 0.2)
     assert (packed_attention(q, k, v, cu, 0.2, impl="sdpa") - want).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("lengths", "head_dim"),
+    [([1], 32), ([16], 32), ([15, 1, 17, 33], 64), ([1] * 40, 24), ([5, 48, 2], 128)],
+    ids=str,
+)
+def test_triton_at_the_edges_of_its_blocks(lengths, head_dim):
+    """Lengths around its block of 16 rows, one-token samples, a head size that is no power of two."""
+    cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    inputs = _inputs(cu[-1], (2, 1), head_dim)
+    upstream = torch.randn(cu[-1], 2, head_dim, generator=torch.Generator().manual_seed(9)).double()
+    truth = _gradients(
+        lambda *x: reference.packed_attention(*x, cu, head_dim**-0.5), [x.double() for x in inputs], upstream
+    )
+    got = _gradients(lambda *x: packed_attention(*x, cu, head_dim**-0.5, impl="triton"), inputs, upstream)
+    again = _gradients(lambda *x: packed_attention(*x, cu, head_dim**-0.5, impl="triton"), inputs, upstream)
+    for want, have, repeated in zip(truth, got, again, strict=True):
+        assert (have - want).abs().max() <= 2e-6 * max(1.0, float(want.abs().max()))
+        assert torch.equal(have, repeated)
+
+
+@pytest.mark.parametrize("tiles", [impl_triton.query_tiles, impl_triton.key_tiles])
+def test_tiles_cover_every_row_once_and_the_longest_come_first(tiles):
+    rows, work = [], []
+    for first, begin, end in tiles(CU, 16).tolist():
+        last = min(first + 16, end)
+        rows += range(first, last)
+        work.append(first - begin if tiles is impl_triton.query_tiles else end - first)
+    assert sorted(rows) == list(range(CU[-1]))
+    assert work == sorted(work, reverse=True)
 
 
 def test_the_reference_has_the_right_gradient():
@@ -78,7 +115,7 @@ def test_offsets_that_do_not_fit_are_refused(cu, said):
 
 def test_unknown_implementation_and_shapes_are_refused():
     q, k, v = _inputs(6)
-    with pytest.raises(ValueError, match="choose one of reference, sdpa"):
+    with pytest.raises(ValueError, match="choose one of reference, sdpa, triton"):
         packed_attention(q, k, v, [0, 6], 1.0, impl="flash")
     with pytest.raises(ValueError, match="multiple of G"):
         packed_attention(q[:, :3], k, v, [0, 6], 1.0, impl="sdpa")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npd_kernels.token_loss import impl_chunked, reference, token_logprobs, token_loss
+from npd_kernels.token_loss import impl_chunked, reference, streaming, token_logprobs, token_loss
 
 
 def _inputs(num_tokens=67, vocab=251, hidden=29, slots=4, dtype=torch.float32, seed=0):
@@ -45,17 +45,18 @@ def _worst(got, want):
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch):
     """16 rows a chunk, so 67 tokens are four chunks and a ragged one."""
-    monkeypatch.setattr(impl_chunked, "CHUNK_BYTES", 16 * 4 * 251)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 16 * 4 * 251)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_is_no_worse_than_plain_code(dtype):
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_worse_than_plain_code(dtype, impl):
     inputs = _inputs(dtype=dtype)
     truth = _run(reference.token_loss, [x.double() if x.is_floating_point() else x for x in inputs])
     plain = _worst(_run(_plain, inputs), truth)
-    chunked = _worst(_run(lambda *x: token_loss(*x, impl="chunked"), inputs), truth)
+    fused = _worst(_run(lambda *x: token_loss(*x, impl=impl), inputs), truth)
     floors = [8 * torch.finfo(torch.float32).eps * float(t.abs().max()) for t in truth]
-    for name, got, have, floor in zip(("sum", "loss", "d_hidden", "d_weight"), chunked, plain, floors, strict=True):
+    for name, got, have, floor in zip(("sum", "loss", "d_hidden", "d_weight"), fused, plain, floors, strict=True):
         assert got <= 1.2 * max(have, floor), name
 
 
@@ -86,11 +87,11 @@ def test_planted_mistakes_are_caught(mistake):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))
-def test_any_shape_and_chunk_size(num_tokens, slots, seed):
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99), st.sampled_from(["chunked", "triton"]))
+def test_any_shape_and_chunk_size(num_tokens, slots, seed, impl):
     inputs = _inputs(num_tokens, slots=slots, seed=seed)
     want = _run(reference.token_loss, [x.double() if x.is_floating_point() else x for x in inputs])
-    got = _run(lambda *x: token_loss(*x, impl="chunked"), inputs)
+    got = _run(lambda *x: token_loss(*x, impl=impl), inputs)
     for have, truth in zip(got, want, strict=True):
         assert (have - truth).abs().max() <= 1e-5 * max(1.0, float(truth.abs().max()))
 
@@ -110,7 +111,7 @@ def test_no_gradient_is_formed_where_none_is_recorded(monkeypatch, mode):
     hidden, weight, *rest = _inputs()
     weight = torch.nn.Parameter(weight)
     wanted = token_loss(hidden, weight, *rest, impl="chunked")[0]
-    monkeypatch.setattr(impl_chunked._Rows, "gradient", None)
+    monkeypatch.setattr(impl_chunked.Rows, "gradient", None)
     with mode():
         assert token_loss(hidden, weight, *rest, impl="chunked")[0] == wanted
 
@@ -133,14 +134,15 @@ def test_references_have_the_right_gradient():
     assert torch.autograd.gradcheck(lambda h, w: reference.token_loss(h, w, *rest)[0], leaves)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize("frozen", ["none", "hidden", "weight"])
-def test_token_logprobs_and_their_gradient(frozen):
+def test_token_logprobs_and_their_gradient(frozen, impl):
     hidden, weight, ids, upstream, _ = _inputs()
     grads = []
     for fn, cast in ((reference.token_logprobs, torch.Tensor.double), (None, torch.Tensor.float)):
         leaves = {"hidden": cast(hidden), "weight": cast(weight)}
         wanted = [leaf.requires_grad_() for name, leaf in leaves.items() if name != frozen]
-        out = fn(*leaves.values(), ids) if fn else token_logprobs(*leaves.values(), ids, impl="chunked")
+        out = fn(*leaves.values(), ids) if fn else token_logprobs(*leaves.values(), ids, impl=impl)
         grads.append([out.detach(), *torch.autograd.grad((out * upstream).sum(), wanted)])
     for truth, got in zip(*grads, strict=True):
         assert (got - truth).abs().max() <= 1e-5 * max(1.0, float(truth.abs().max()))
@@ -154,7 +156,7 @@ def test_shapes_that_do_not_fit_are_refused():
         token_loss(hidden, weight[:, :3], ids, weights, token_weight, impl="chunked")
     with pytest.raises(ValueError, match="one dtype"):
         token_loss(hidden.bfloat16(), weight, ids, weights, token_weight, impl="chunked")
-    with pytest.raises(ValueError, match="choose one of reference, chunked"):
+    with pytest.raises(ValueError, match="choose one of reference, chunked, triton"):
         token_loss(hidden, weight, ids, weights, token_weight, impl="liger")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from npd_kernels.token_loss import VocabShard, impl_chunked, token_logprobs, token_loss
+from npd_kernels.token_loss import VocabShard, streaming, token_logprobs, token_loss
 
 TOKENS, VOCAB, HIDDEN, SLOTS = 67, 251, 29, 4
 
@@ -21,7 +21,7 @@ def inputs(dtype=torch.float32):
 
 def on_one_rank(mesh, impl, dtype, mistake=""):
     """(loss_sum, loss_T, summed d_hidden, this rank's rows of d_weight, log-probs and their gradients alike)."""
-    impl_chunked.CHUNK_BYTES = 16 * 4 * 128  # several chunks and a ragged one
+    streaming.CHUNK_BYTES = 16 * 4 * 128  # several chunks and a ragged one
     hidden, whole, ids, weights, token_weight = inputs(dtype)
     rows = -(-VOCAB // mesh.tp)
     start = mesh.tp_rank * rows
@@ -78,12 +78,13 @@ def _joined(parts):
     return joined
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize("layout", [(2, 1, False), (4, 1, False)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cut_head_is_no_worse_than_a_whole_one(ranks, layout, dtype):
+def test_a_cut_head_is_no_worse_than_a_whole_one(ranks, layout, dtype, impl):
     truth = _whole("reference", dtype)
     plain = _worst(_whole("chunked", dtype), truth)
-    parts = ranks.run(on_one_rank, layout, "chunked", dtype)
+    parts = ranks.run(on_one_rank, layout, impl, dtype)
     for got, have in zip(_worst(_joined(parts), truth), plain, strict=True):
         # in bfloat16 each rank rounds its part of d_hidden before the sum, as plain Megatron does
         assert got <= max(1.2 * have, 1e-6 if dtype == torch.float32 else 2**-7)
@@ -97,10 +98,11 @@ def test_the_reference_means_the_same_cut_or_whole(ranks):
     assert max(_worst(_joined(parts), truth)) < 1e-6
 
 
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
 @pytest.mark.parametrize("mistake", ["padding unmasked", "wrong offset"])
-def test_planted_mistakes_are_caught(ranks, mistake):
+def test_planted_mistakes_are_caught(ranks, mistake, impl):
     truth = _whole("reference", torch.float32)
-    parts = ranks.run(on_one_rank, (4, 1, False), "chunked", torch.float32, mistake)
+    parts = ranks.run(on_one_rank, (4, 1, False), impl, torch.float32, mistake)
     assert _worst(parts[0][:1], truth[:1])[0] > 1e-4
 
 

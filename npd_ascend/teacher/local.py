@@ -11,7 +11,7 @@ import torch
 
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import lay_out, pack_samples
-from npd_kernels.token_loss.impl_chunked import chunk_tokens
+from npd_kernels.token_loss.streaming import chunk_tokens
 
 
 @dataclass(frozen=True, slots=True)

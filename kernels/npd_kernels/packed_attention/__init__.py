@@ -9,9 +9,13 @@ from types import ModuleType
 
 import torch
 
-from . import impl_sdpa, reference
+from . import impl_sdpa, impl_triton, reference
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "sdpa": impl_sdpa}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "reference": reference,
+    "sdpa": impl_sdpa,
+    "triton": impl_triton,
+}
 
 
 def packed_attention(

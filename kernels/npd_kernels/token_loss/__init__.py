@@ -16,12 +16,16 @@ from types import ModuleType
 
 import torch
 
-from . import impl_chunked, reference
+from . import impl_chunked, impl_triton, reference
 from .shard import VocabShard
 
 __all__ = ["IMPLEMENTATIONS", "VocabShard", "token_logprobs", "token_loss"]
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": impl_chunked}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "reference": reference,
+    "chunked": impl_chunked,
+    "triton": impl_triton,
+}
 
 
 def token_loss(

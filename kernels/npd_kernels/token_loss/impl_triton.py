@@ -1,0 +1,79 @@
+"""The vendor's matrix product per chunk (streaming.py) and two Triton kernels over its logits, which keep their dtype.
+
+One reads the logits: log-sum-exp and target logits. One reads and writes them: the gradient, in place. Kernels:
+triton_kernels.py.
+"""
+
+import torch
+
+from npd_kernels.launch import INTERPRETED, grid_size, triton_unavailable
+
+from . import streaming
+
+# Columns that a program holds at once.
+BLOCK = 64 if INTERPRETED else 4096
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """None means available."""
+    return triton_unavailable(device)
+
+
+def token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard=None):
+    return streaming.token_loss(Rows, hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard)
+
+
+def token_logprobs(hidden_TD, weight_VD, ids_TK, shard=None):
+    return streaming.token_logprobs(Rows, hidden_TD, weight_VD, ids_TK, shard)
+
+
+class Rows:
+    """Logits of a chunk of tokens over the rows of the head that this rank holds; see streaming.py."""
+
+    def __init__(self, hidden_CD, weight_VD, ids_CK, shard):
+        from . import triton_kernels
+
+        self._logits_CV = hidden_CD @ weight_VD.T
+        self._valid = len(weight_VD)
+        self._ids_CK = ids_CK
+        if shard:
+            self._valid = shard.stop - shard.start
+            local_ids_CK, held_CK = shard.local_ids(ids_CK)
+            self._ids_CK = local_ids_CK.masked_fill(~held_CK, -1)
+        self._ids_CK = self._ids_CK.int().contiguous()
+        num_rows, slots = ids_CK.shape
+        self.lse_C1 = self._logits_CV.new_empty(num_rows, 1, dtype=torch.float32)
+        self.target_CK = self._logits_CV.new_empty(num_rows, slots, dtype=torch.float32)
+        triton_kernels.lse_and_targets[grid_size(num_rows)](
+            self._logits_CV,
+            self._ids_CK,
+            self.lse_C1,
+            self.target_CK,
+            num_rows,
+            self._valid,
+            self._logits_CV.shape[1],
+            K=slots,
+            SLOTS=1 << (slots - 1).bit_length(),
+            BLOCK=BLOCK,
+        )
+        if shard:
+            self.lse_C1, self.target_CK = shard.combine(self.lse_C1, self.target_CK)
+
+    def gradient(self, scaled_CK):
+        """sum(w) * softmax - scatter(w), in place of the logits; scaled_CK: target weights times token weight."""
+        from . import triton_kernels
+
+        num_rows, slots = scaled_CK.shape
+        triton_kernels.gradient[grid_size(num_rows)](
+            self._logits_CV,
+            self._ids_CK,
+            self.lse_C1,
+            scaled_CK.sum(1),
+            scaled_CK.contiguous(),
+            num_rows,
+            self._valid,
+            self._logits_CV.shape[1],
+            K=slots,
+            BLOCK=BLOCK,
+        )
+        return self._logits_CV
