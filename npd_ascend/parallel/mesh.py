@@ -132,9 +132,7 @@ def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Ten
     return values
 
 
-def gather_rows(
-    rows: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False, out: torch.Tensor | None = None
-):
+def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False, out: torch.Tensor | None = None):
     """[n, ...] of every rank, one after the other: ([ranks * n, ...], handle or None). out: where to, if not new."""
     if out is None:
         out = rows.new_empty(rows.shape[0] * dist.get_world_size(group), *rows.shape[1:])
