@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from npd_ascend.errors import UserError
 
 if TYPE_CHECKING:
+    from npd_ascend.config import Config
     from npd_ascend.runfolder import RunFolder
 
 _STARTED = time.time()  # the imports that follow are part of what the user waits for
@@ -83,7 +84,7 @@ def _open(args: argparse.Namespace) -> "RunFolder":
         handlers=[logging.StreamHandler(), logging.FileHandler(run.logs / f"{args.command}.log")],
     )
     if is_new:  # once per run, not once per stage
-        _say_licences(run)
+        _say_licences(run.config)
     return run
 
 
@@ -92,10 +93,10 @@ def _refuse_overrides_of_a_run(args: argparse.Namespace) -> None:
         raise UserError(f"overrides ({args.overrides[0]}) go with --config; a run folder keeps its configuration")
 
 
-def _say_licences(run: "RunFolder") -> None:
+def _say_licences(config: "Config") -> None:
     from npd_ascend.model.families import licence_notice
 
-    models = [run.config.student.path, *([run.config.teacher.path] if run.config.teacher else [])]
+    models = [config.student.path, *([config.teacher.path] if config.teacher else [])]
     for folder in dict.fromkeys(models):
         if notice := licence_notice(folder):
             logging.getLogger(__name__).warning(notice)
@@ -130,6 +131,7 @@ def _run(args: argparse.Namespace) -> int:
         _refuse_overrides_of_a_run(args)
         config = reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
         allowed_changes(config)
+        _say_licences(config)
         print(check_run(config))
         return 0
     run = _open(args)

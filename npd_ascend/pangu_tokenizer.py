@@ -15,6 +15,10 @@ from npd_ascend.errors import UserError
 
 THINK_START, THINK_END = "[unused16]", "[unused17]"
 
+# Unicode's last code point is no character and stands in no vocabulary, so no piece spans it: text after it is encoded
+# as a continuation, without the space that SentencePiece puts before a text.
+_ANCHOR = "\U0010ffff"
+
 
 def is_pangu(folder: Path) -> bool:
     """Whether tokenizer_config.json names openPangu's own class."""
@@ -50,14 +54,21 @@ class PanguTokenizer:
             raise UserError(f"{file}: not a SentencePiece model ({error}); fetch it again") from None
         added = config.get("added_tokens_decoder", {})
         self._special = {token["content"]: int(id_) for id_, token in added.items()}
-        self.chat_template = config.get("chat_template") or _read_text(folder / "chat_template.jinja")
-        self.add_bos_token = bool(config.get("add_bos_token", False))
+        self._folder = folder
+        self.chat_template = _read_text(folder / "chat_template.jinja") or config.get("chat_template")
+        self.add_bos_token = config.get("add_bos_token", True)
+        for key in ("add_eos_token", "sp_model_kwargs"):
+            if config.get(key):
+                raise UserError(f"{folder}/tokenizer_config.json: {key}={config[key]!r} is not supported; remove it")
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             self._id_of(_content(config.get(f"{name}_token")), folder) for name in ("bos", "eos", "pad")
         )
         longest_first = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else r"(?!)")
         self._by_id = {id_: token for token, id_ in self._special.items()}
+        self._anchor_ids = self._pieces.encode(_ANCHOR)
+        if not self._pieces.is_byte(self._anchor_ids[-1]):
+            raise UserError(f"{file}: no byte fallback, which openPangu's has; fetch the file again")
 
     def _id_of(self, token: str | None, folder: Path) -> int | None:
         if token is None:
@@ -79,11 +90,24 @@ class PanguTokenizer:
             ids += [self._special[run]] if run in self._special else self._pieces.encode(run)
         return SimpleNamespace(input_ids=ids)
 
+    def continuation(self, text: str) -> list[int]:
+        """Ids of text that goes on after other text, as an answer after the header's `助手：`."""
+        return self(_ANCHOR + text, add_special_tokens=False).input_ids[len(self._anchor_ids) :]
+
+    def token_text(self, token_id: int) -> str:
+        """One token as it stands in a text, its space included; "" for an id that no token has."""
+        if token_id in self._by_id or token_id >= self._pieces.vocab_size():
+            return self._by_id.get(token_id, "")
+        if self._pieces.is_byte(token_id):
+            return self._pieces.decode([token_id])
+        return self._pieces.id_to_piece(token_id).replace("▁", " ")
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids that no token has, as a head padded beyond the vocabulary may give, have no text."""
         text, run = "", []
         for id_ in token_ids:
             if id_ not in self._by_id:
-                run.append(id_)
+                run += [id_] if id_ < self._pieces.vocab_size() else []
                 continue
             text += self._pieces.decode(run)
             text, run = text + ("" if skip_special_tokens else self._by_id[id_]), []
@@ -93,17 +117,21 @@ class PanguTokenizer:
         return {self._pieces.id_to_piece(id_): id_ for id_ in range(self._pieces.vocab_size())} | self._special
 
     def apply_chat_template(self, messages: list[dict], *, tokenize: bool, add_generation_prompt: bool) -> str:
+        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template  # sandboxed
 
         if tokenize:
             raise ValueError("ChatTokenizer tokenises by itself")
         names = {f"{name}_token": self._by_id.get(getattr(self, f"{name}_token_id"), "") for name in ("bos", "eos")}
-        rendered = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **names,
-        )
+        try:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **names,
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self._folder}: the chat template cannot be rendered ({error})") from None
         return rendered[0][0]
 
 

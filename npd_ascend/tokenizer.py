@@ -32,7 +32,13 @@ class ChatTokenizer:
         return self._encode(self._render(text, header=True))
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
+        if self._thinks:
+            return (*self._tokenizer.continuation(text), self.eos_id)
         return (*self._tokenizer(text, add_special_tokens=False).input_ids, self.eos_id)
+
+    def decode_text(self, token_ids) -> str:
+        """All the text, without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def decode_answer(self, token_ids) -> str:
         """The answer as text, without special tokens and without the thought before it."""
@@ -40,9 +46,11 @@ class ChatTokenizer:
         if self._thinks:
             kept = [id_ for id_ in ids if id_ not in (self.eos_id, self.pad_id, self._tokenizer.bos_token_id)]
             return split_thinking(self._tokenizer.decode(kept))[1]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return self.decode_text(ids)
 
     def decode_token(self, token_id: int) -> str:
+        if self._thinks:
+            return self._tokenizer.token_text(token_id)
         return str(self._tokenizer.decode([token_id]))
 
     def alone_context(self, kind: str) -> tuple[int, ...]:

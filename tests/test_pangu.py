@@ -8,6 +8,7 @@ import json
 import pytest
 import sentencepiece
 from conftest import make_hf_model
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from npd_ascend.__main__ import main
 from npd_ascend.errors import UserError
@@ -105,10 +106,29 @@ def test_answers_end_with_eos_and_come_back(folder, pieces, text):
     assert tokenizer.decode_answer(ids) == text.replace("[unused16]", "").strip()
 
 
-def test_plain_text_is_sentencepieces_own(folder, pieces):
+@pytest.mark.parametrize("text", [*CORPUS[:4], "5", "五", " two  spaces", "[unused16]a[unused17]b", "\n", "🦊", ""])
+def test_prompt_and_answer_are_the_ids_of_the_whole_conversation(folder, text):
+    """By transformers' own SentencePiece tokenizer, which splits at added tokens as the original does."""
+    original = SentencePieceBackend.from_pretrained(folder)
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]
+    whole = original.tokenize(original.apply_chat_template(messages, tokenize=False))
     tokenizer = ChatTokenizer(folder)
-    for text in CORPUS[:4]:
-        assert list(tokenizer.encode_answer(text)[:-1]) == pieces.encode(text)
+    got = tokenizer.encode_prompt("x") + tokenizer.encode_answer(text)
+    assert list(got) == [1, *original.convert_tokens_to_ids(whole)]
+
+
+def test_tokens_to_look_at(folder, pieces):
+    tokenizer = ChatTokenizer(folder)
+    assert "".join(map(tokenizer.decode_token, pieces.encode("the quick\nfox"))) == " the quick\nfox"
+    assert tokenizer.decode_token(tokenizer.eos_id) == "[unused10]"
+    prompt = tokenizer.encode_prompt("a[unused17]b")
+    assert tokenizer.decode_text(prompt) == "系统：用户：ab助手："
+    padded = tokenizer.vocab_size  # a head may have more rows than there are tokens
+    assert tokenizer.decode_token(padded) == tokenizer.decode_text([padded]) == tokenizer.decode_answer([padded]) == ""
+
+
+def test_what_no_piece_covers_is_bytes(folder, pieces):
+    tokenizer = ChatTokenizer(folder)
     emoji = tokenizer.encode_answer("🦊")
     assert len([i for i in emoji if pieces.id_to_piece(i).startswith("<0x")]) == 4  # bytes, not <unk>
 
@@ -145,7 +165,13 @@ def test_another_model_file_is_another_vocabulary(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [("missing", "tokenizer.model: no such file"), ("torn", "not a SentencePiece model"), ("bos", "token '<bos>'")],
+    [
+        ("missing", "tokenizer.model: no such file"),
+        ("torn", "not a SentencePiece model"),
+        ("bos", "token '<bos>'"),
+        ("add_eos_token", "add_eos_token=True is not supported"),
+        ("template", "the chat template cannot be rendered"),
+    ],
 )
 def test_a_damaged_tokenizer_is_named(folder, tmp_path, damage, said):
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -154,9 +180,13 @@ def test_a_damaged_tokenizer_is_named(folder, tmp_path, damage, said):
         (tmp_path / "tokenizer.model").write_bytes(b"no model" if damage == "torn" else content)
     if damage == "bos":
         config["bos_token"] = "<bos>"
+    if damage == "add_eos_token":
+        config["add_eos_token"] = True
+    if damage == "template":
+        config["chat_template"] = "{% for m in messages %}{{ m.content }"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=said):
-        ChatTokenizer(tmp_path)
+        ChatTokenizer(tmp_path).encode_prompt("x")
 
 
 # config.json as published: 1B V1.0, and 7B (V1.0 and V1.1 are the same)
@@ -206,8 +236,15 @@ def test_published_configurations_give_the_published_sizes(tmp_path):
     assert (seven.head_dim, seven.rope_theta, seven.tie_embeddings, seven.qkv_bias) == (128, 16e6, False, True)
 
 
+def test_biases_that_contradict_each_other_are_refused(tmp_path):
+    with pytest.raises(UserError, match="bias=True and attention_bias=False contradict"):
+        decoder_config(PANGU_1B | {"attention_bias": False}, tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("key", ["bias", "tie_word_embeddings", "num_key_value_heads", "hidden_size", "rope_theta"])
 def test_a_dropped_key_is_no_default(tmp_path, key):
+    with pytest.raises(UserError, match=f"'{key}' is missing"):
+        decoder_config(PANGU_1B | {key: None}, tmp_path / "config.json")
     with pytest.raises(UserError, match=f"'{key}' is missing"):
         decoder_config({k: v for k, v in PANGU_1B.items() if k != key}, tmp_path / "config.json")
 

@@ -118,9 +118,11 @@ def decoder_config(raw: dict, path: Path) -> DecoderConfig:
     if family not in _FAMILIES:
         raise UserError(f"{path}: model_type {family!r} is not supported; supported are {', '.join(_FAMILIES)}")
     _refuse_what_changes_the_network(raw, path)
-    if family == "PanguEmbedded" and (absent := sorted(_PANGU_KEYS - set(raw))):
+    if family == "PanguEmbedded" and (absent := sorted(key for key in _PANGU_KEYS if raw.get(key) is None)):
         raise UserError(f"{path}: key {absent[0]!r} is missing; openPangu's own code would take the 7B model's value")
     qkv_bias, o_bias, qk_norm = _FAMILIES[family]
+    if raw.get("attention_bias", raw.get("bias")) != raw.get("bias", raw.get("attention_bias")):
+        raise UserError(f"{path}: bias={raw['bias']} and attention_bias={raw['attention_bias']} contradict each other")
     flag = bool(raw.get("attention_bias", raw.get("bias", False)))
     try:
         return DecoderConfig(

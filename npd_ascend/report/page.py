@@ -184,7 +184,7 @@ def _examples(run: RunFolder, versions: Sequence[Version]) -> tuple[list[dict], 
 
 def _example(example: Example, tokenizer: ChatTokenizer) -> dict:
     rollout, score = example.rollout, example.score
-    prompt = tokenizer.decode_answer(rollout.token_ids[: rollout.prompt_len]).strip()
+    prompt = tokenizer.decode_text(rollout.token_ids[: rollout.prompt_len]).strip()
     answer = rollout.token_ids[rollout.prompt_len :][:SHOWN_TOKENS]
     teacher = [None] * len(answer) if score is None else score.teacher_logprob[: len(answer)].tolist()
     student = rollout.logprobs[: len(answer)].tolist()
