@@ -169,5 +169,6 @@ def _peak_bytes(tokens):
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
     """Vocabulary 49,152: full float32 logits of 3,072 more tokens would be 604 MB more."""
-    growth = _peak_bytes(4096) - _peak_bytes(1024)
-    assert growth < 0.33 * 3072 * 49152 * 4
+    few, many = _peak_bytes(1024), _peak_bytes(4096)
+    assert few > 49152 * 576 * 4  # the gradient of the weight at least, or nothing was measured
+    assert many - few < 0.33 * 3072 * 49152 * 4
