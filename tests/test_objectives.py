@@ -93,7 +93,7 @@ def test_packing_and_splitting_change_nothing(split, targets, normalise, monkeyp
         [SAMPLES], Objective(lambda_=0.9, targets=targets, normalise=normalise, loss_impl="reference"), "reference"
     )
     for chunk_bytes in (4 * 15 * 3, 2**20):  # three rows a chunk, or everything at once
-        monkeypatch.setattr("npd_kernels.token_loss.streaming.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("npd_kernels.streaming.CHUNK_BYTES", {"cpu": chunk_bytes})
         loss, grads = _gradients(SPLITS[split], objective)
         assert loss == pytest.approx(wanted_loss, rel=1e-5)
         for name, grad in wanted.items():

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from npd_kernels.token_loss import VocabShard, streaming, token_logprobs, token_loss
+from npd_kernels import streaming
+from npd_kernels.token_loss import VocabShard, token_logprobs, token_loss
 
 TOKENS, VOCAB, HIDDEN, SLOTS = 67, 251, 29, 4
 
@@ -21,7 +22,7 @@ def inputs(dtype=torch.float32):
 
 def on_one_rank(mesh, impl, dtype, mistake=""):
     """(loss_sum, loss_T, summed d_hidden, this rank's rows of d_weight, log-probs and their gradients alike)."""
-    streaming.CHUNK_BYTES = 16 * 4 * 128  # several chunks and a ragged one
+    streaming.CHUNK_BYTES = {"cpu": 16 * 4 * 128}  # several chunks and a ragged one
     hidden, whole, ids, weights, token_weight = inputs(dtype)
     rows = -(-VOCAB // mesh.tp)
     start = mesh.tp_rank * rows

@@ -11,7 +11,7 @@ import torch
 
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import lay_out, pack_samples
-from npd_kernels.token_loss.streaming import chunk_tokens
+from npd_kernels.streaming import chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ def score_answers(
 
 def _score_tokens(hidden_AD, weight_VD, ids_A, top_k: int) -> list[np.ndarray]:
     """[logprob_A, topk_ids_AK, topk_logprobs_AK, entropy_A], never holding [A, V]."""
-    size = chunk_tokens(weight_VD.shape[0])
-    chunks = []
-    for hidden_CD, ids_C in zip(hidden_AD.split(size), ids_A.split(size), strict=True):
-        logprobs_CV = torch.log_softmax((hidden_CD @ weight_VD.T).float(), -1)
+    columns = []
+    for tokens, logits_CV in chunks(hidden_AD, weight_VD):
+        logprobs_CV = torch.log_softmax(logits_CV.float(), -1)
         topk = logprobs_CV.topk(top_k, -1)
         entropy_C = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
-        chunks.append((logprobs_CV.gather(1, ids_C[:, None])[:, 0], topk.indices.int(), topk.values, entropy_C))
-    return [torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True)]
+        given_C = logprobs_CV.gather(1, ids_A[tokens, None])[:, 0]
+        columns.append((given_C, topk.indices.int(), topk.values, entropy_C))
+    return [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)]

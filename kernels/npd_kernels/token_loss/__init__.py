@@ -16,8 +16,9 @@ from types import ModuleType
 
 import torch
 
+from npd_kernels.shard import VocabShard
+
 from . import impl_chunked, impl_triton, reference
-from .shard import VocabShard
 
 __all__ = ["IMPLEMENTATIONS", "VocabShard", "token_logprobs", "token_loss"]
 
@@ -43,12 +44,13 @@ def token_loss(
     hidden_TD, weight_VD: float32 or bfloat16, one dtype.
     target_ids_TK: int64 in [0, V); an id may stand in several slots, their weights add up.
     target_weights_TK: float32, 0 in an unused slot (whose id must still be a valid one).
-    token_weight_T: float32 factor of each token in the sum.
+    token_weight_T: float32 factor of each token in the sum. On CPU tokens of weight 0 cost nothing. A device would
+    have to be waited for to learn which they are, so callers leave them out beforehand, as trainer/objectives.py does.
     shard: the rows of the head that weight_VD holds; None: all of them. Everything but weight_VD must be equal
     on all ranks of its group.
 
     loss_sum: float32 scalar, sum_t token_weight_t * L_t in nats; differentiable in hidden and weight.
-    loss_T: float32 [T], L_t in nats, detached and not weighted.
+    loss_T: float32 [T], L_t in nats, detached and not weighted; 0 where token_weight_T is.
 
     Raises ValueError for shapes that do not fit, RuntimeError if `impl` cannot run here.
     """
@@ -59,7 +61,8 @@ def token_loss(
             f"token weights {tuple(token_weight_T.shape)}; want [T,K], [T,K], [T]"
         )
     module = _choose(impl, hidden_TD, weight_VD, num_tokens, shard)
-    return module.token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard)
+    loss_sum, loss_T = module.token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard)
+    return loss_sum, loss_T.masked_fill(token_weight_T == 0, 0.0)
 
 
 def token_logprobs(

@@ -1,8 +1,10 @@
-"""Plain torch, a few hundred tokens at a time (streaming.py)."""
+"""Plain torch over chunks of logits."""
+
+from functools import partial
 
 import torch
 
-from . import streaming
+from . import streamed
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -10,19 +12,12 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard=None):
-    return streaming.token_loss(Rows, hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard)
-
-
-def token_logprobs(hidden_TD, weight_VD, ids_TK, shard=None):
-    return streaming.token_logprobs(Rows, hidden_TD, weight_VD, ids_TK, shard)
-
-
 class Rows:
-    """Logits of a chunk of tokens over the rows of the head that this rank holds; see streaming.py."""
+    """Logits of a chunk of tokens over the rows of the head that this rank holds; see streamed.py."""
 
-    def __init__(self, hidden_CD, weight_VD, ids_CK, shard):
-        self._logits_CV = (hidden_CD @ weight_VD.T).float()
+    def __init__(self, logits_CV, ids_CK, shard):
+        self._dtype = logits_CV.dtype
+        self._logits_CV = logits_CV.float()
         if shard is None:
             self._local_ids_CK, self._held_CK = ids_CK, None
             self.target_CK = self._logits_CV.gather(1, ids_CK)
@@ -42,4 +37,8 @@ class Rows:
         """sum(w) * softmax - scatter(w), in place of the logits; scaled_CK: target weights times token weight."""
         d_logits_CV = self._exp_CV.mul_(scaled_CK.sum(1, keepdim=True) / self._sum_C1)
         subtracted_CK = scaled_CK if self._held_CK is None else scaled_CK * self._held_CK
-        return d_logits_CV.scatter_add_(1, self._local_ids_CK, -subtracted_CK)
+        return d_logits_CV.scatter_add_(1, self._local_ids_CK, -subtracted_CK).to(self._dtype)
+
+
+token_loss = partial(streamed.token_loss, Rows)
+token_logprobs = partial(streamed.token_logprobs, Rows)

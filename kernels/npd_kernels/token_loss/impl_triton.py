@@ -1,14 +1,16 @@
-"""The vendor's matrix product per chunk (streaming.py) and two Triton kernels over its logits, which keep their dtype.
+"""Two Triton kernels over the logits of a chunk, which the vendor's matrix product made and which keep their dtype.
 
-One reads the logits: log-sum-exp and target logits. One reads and writes them: the gradient, in place. Kernels:
+One reads them: log-sum-exp and target logits. One reads and writes them: the gradient, in place. Kernels:
 triton_kernels.py.
 """
+
+from functools import partial
 
 import torch
 
 from npd_kernels.launch import INTERPRETED, grid_size, triton_unavailable
 
-from . import streaming
+from . import streamed
 
 # Columns that a program holds at once.
 BLOCK = 64 if INTERPRETED else 4096
@@ -19,22 +21,14 @@ def unavailable_reason(device: torch.device) -> str | None:
     return triton_unavailable(device)
 
 
-def token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard=None):
-    return streaming.token_loss(Rows, hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_weight_T, shard)
-
-
-def token_logprobs(hidden_TD, weight_VD, ids_TK, shard=None):
-    return streaming.token_logprobs(Rows, hidden_TD, weight_VD, ids_TK, shard)
-
-
 class Rows:
-    """Logits of a chunk of tokens over the rows of the head that this rank holds; see streaming.py."""
+    """Logits of a chunk of tokens over the rows of the head that this rank holds; see streamed.py."""
 
-    def __init__(self, hidden_CD, weight_VD, ids_CK, shard):
+    def __init__(self, logits_CV, ids_CK, shard):
         from . import triton_kernels
 
-        self._logits_CV = hidden_CD @ weight_VD.T
-        self._valid = len(weight_VD)
+        self._logits_CV = logits_CV
+        self._valid = logits_CV.shape[1]
         self._ids_CK = ids_CK
         if shard:
             self._valid = shard.stop - shard.start
@@ -77,3 +71,7 @@ class Rows:
             BLOCK=BLOCK,
         )
         return self._logits_CV
+
+
+token_loss = partial(streamed.token_loss, Rows)
+token_logprobs = partial(streamed.token_logprobs, Rows)
