@@ -3,6 +3,8 @@
 import pytest
 from lowering import lower
 
+from npd_kernels.dense_divergence import impl_triton as divergence
+from npd_kernels.dense_divergence import triton_kernels as divergence_kernels
 from npd_kernels.packed_attention import impl_triton as attention
 from npd_kernels.packed_attention import triton_kernels as attention_kernels
 from npd_kernels.token_loss import impl_triton as loss
@@ -56,6 +58,27 @@ def loss_constants(kernel, slots, block):
 def test_token_loss_fits_the_chip(kernel, slots, dtype, chip):
     constants = loss_constants(kernel, slots, loss.BLOCK)
     lowered = lower(getattr(loss_kernels, kernel), loss_arguments(kernel, dtype), constants, chip)
+    assert lowered.fits, lowered.said
+
+
+def divergence_arguments(kernel, dtype):
+    rows = {"rows": "i32", "valid": "i32", "width": "i32"}
+    if kernel == "logsumexp":
+        return {"logits": f"*{dtype}", "tops": "*fp32", "rests": "*fp32"} | rows
+    logits = {"student": f"*{dtype}", "teacher": f"*{dtype}"}
+    statistics = ["student_top", "teacher_top", "student_rest", "teacher_rest"]
+    statistics += {"terms": ["teacher_kl", "student_kl"], "gradient": ["student_kl", "scale"]}[kernel]
+    return logits | dict.fromkeys(statistics, "*fp32") | rows | {"log_beta": "fp32", "log_rest": "fp32"}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [("logsumexp", None)] + [(k, i) for k in ("terms", "gradient") for i in range(3)]
+)
+def test_dense_divergence_fits_the_chip(kernel, kind, dtype, chip):
+    constants = {"BLOCK": 2 * divergence.BLOCK} if kind is None else {"KIND": kind, "BLOCK": divergence.BLOCK}
+    lowered = lower(getattr(divergence_kernels, kernel), divergence_arguments(kernel, dtype), constants, chip)
     assert lowered.fits, lowered.said
 
 

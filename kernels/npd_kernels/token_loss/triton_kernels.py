@@ -7,21 +7,16 @@ columns, int32 [rows, K], -1 where another rank holds the id. Offsets are int32:
 import triton
 import triton.language as tl
 
+from npd_kernels.triton_rows import row_logsumexp
+
 
 @triton.jit
 def lse_and_targets(
     logits, ids, lse, targets, rows, valid, width, K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        top = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        for start in range(0, valid, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * width + cols, mask=cols < valid, other=float("-inf")).to(tl.float32)
-            new_top = tl.maximum(top, tl.max(z, 0))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
-            top = new_top
-        tl.store(lse + row + tl.arange(0, 1), top + tl.log(total))
+        top, rest = row_logsumexp(logits + row * width, valid, BLOCK)
+        tl.store(lse + row + tl.arange(0, 1), top + rest)
         slots = tl.arange(0, SLOTS)
         id_ = tl.load(ids + row * K + slots, mask=slots < K, other=-1)
         z = tl.load(logits + row * width + id_, mask=id_ >= 0, other=0.0).to(tl.float32)
