@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from npd_ascend.model.load import load_decoder
 from npd_ascend.records import Sample
 
-collect_ignore = ["ascend"]  # needs triton-ascend, which takes triton's place: launch/test.sh runs it
+# triton-ascend, which takes triton's place, and Triton's compiler instead of its interpreter: launch/test.sh runs them
+collect_ignore = ["ascend", "cuda"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 SLOW = os.environ.get("NPD_SLOW") == "1"
 torch.set_num_threads(2)

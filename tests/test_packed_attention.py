@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npd_kernels.launch import Tile
 from npd_kernels.packed_attention import impl_triton, packed_attention, reference
 
 LENGTHS = [1, 17, 17, 64, 3, 3, 3, 29]
@@ -38,7 +39,9 @@ def _plain(q, k, v, cu):
 _CASES = [
     *((impl, torch.float32, heads) for impl in ("sdpa", "triton") for heads in [(4, 4), (4, 2), (6, 1)]),
     *(("sdpa", torch.bfloat16, heads) for heads in [(4, 4), (4, 2), (6, 1)]),
-    ("triton", torch.bfloat16, (4, 2)),  # the interpreter computes it in float32, and slowly
+    ("sdpa", torch.float16, (4, 2)),
+    # the interpreter computes these in float32, and slowly
+    *(("triton", dtype, (4, 2)) for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 
@@ -74,8 +77,10 @@ def test_any_lengths(lengths, seed):
     [([1], 32), ([16], 32), ([15, 1, 17, 33], 64), ([1] * 40, 24), ([5, 48, 2], 128)],
     ids=str,
 )
-def test_triton_at_the_edges_of_its_blocks(lengths, head_dim):
-    """Lengths around its block of 16 rows, one-token samples, a head size that is no power of two."""
+@pytest.mark.parametrize("block", [(16, 16), (32, 16), (16, 32)], ids=str)
+def test_triton_at_the_edges_of_its_blocks(lengths, head_dim, block, monkeypatch):
+    """Lengths around its blocks, square, tall and wide; one-token samples; a head size that is no power of two."""
+    monkeypatch.setattr(impl_triton, "attention_tile", lambda *_: Tile(*block))
     cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     inputs = _inputs(cu[-1], (2, 1), head_dim)
     upstream = torch.randn(cu[-1], 2, head_dim, generator=torch.Generator().manual_seed(9)).double()
@@ -87,6 +92,15 @@ def test_triton_at_the_edges_of_its_blocks(lengths, head_dim):
     for want, have, repeated in zip(truth, got, again, strict=True):
         assert (have - want).abs().max() <= 2e-6 * max(1.0, float(want.abs().max()))
         assert torch.equal(have, repeated)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "triton"])
+def test_1024_samples(impl):
+    """As many as the NPU's operator takes, of one token and of two."""
+    cu = [0, *(1 + torch.arange(1024) % 2).cumsum(0).tolist()]
+    inputs = _inputs(cu[-1], (1, 1), 8)
+    got = packed_attention(*inputs, cu, 0.3, impl=impl)
+    assert (got - reference.packed_attention(*inputs, cu, 0.3)).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("tiles", [impl_triton.query_tiles, impl_triton.key_tiles])

@@ -9,11 +9,12 @@ Dimensions: T tokens, N query heads, G key/value heads, H head size, M query row
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
-from npd_kernels.launch import INTERPRETED, grid_size, triton_unavailable
+from npd_kernels.launch import INTERPRETED, Tile, attention_tile, grid, triton_unavailable
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -23,15 +24,6 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 def packed_attention(q_TNH, k_TGH, v_TGH, cu_seqlens: Sequence[int], scale: float) -> torch.Tensor:
     return _PackedAttention.apply(q_TNH, k_TGH, v_TGH, tuple(cu_seqlens), scale)
-
-
-def blocks(head_size: int, is_float32: bool) -> tuple[int, int]:
-    """Query and key rows of a block: what fits the on-chip memory of Ascend 910B (tests/ascend lowers every entry)."""
-    if INTERPRETED:
-        return 16, 16
-    if head_size <= 128:
-        return (64, 32) if is_float32 else (128, 64)
-    return (32, 16) if is_float32 else (64, 32)
 
 
 def query_tiles(cu_seqlens: Sequence[int], block: int) -> torch.Tensor:
@@ -49,49 +41,56 @@ def key_tiles(cu_seqlens: Sequence[int], block: int) -> torch.Tensor:
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_TNH, k_TGH, v_TGH, cu_seqlens, scale):
-        from . import triton_kernels
-
         q_TNH, k_TGH, v_TGH = q_TNH.contiguous(), k_TGH.contiguous(), v_TGH.contiguous()
-        shape = _shape(q_TNH, k_TGH)
-        tiles = query_tiles(cu_seqlens, shape["M"]).to(q_TNH.device)
         out_TNH = torch.empty_like(q_TNH)
         lse_TN = torch.empty(q_TNH.shape[:2], dtype=torch.float32, device=q_TNH.device)
-        items = len(tiles) * shape["N"]
-        triton_kernels.forward[grid_size(items)](q_TNH, k_TGH, v_TGH, out_TNH, lse_TN, tiles, items, scale, **shape)
-        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, out_TNH, lse_TN, tiles)
-        ctx.cu_seqlens, ctx.scale, ctx.shape = cu_seqlens, scale, shape
+        _launch("forward", [q_TNH, k_TGH, v_TGH, out_TNH, lse_TN], cu_seqlens, scale)
+        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, out_TNH, lse_TN)
+        ctx.cu_seqlens, ctx.scale = cu_seqlens, scale
         return out_TNH
 
     @staticmethod
     def backward(ctx, d_out_TNH):
-        from . import triton_kernels
-
-        q_TNH, k_TGH, v_TGH, out_TNH, lse_TN, tiles = ctx.saved_tensors
-        shape, scale, d_out_TNH = ctx.shape, ctx.scale, d_out_TNH.contiguous()
+        q_TNH, k_TGH, v_TGH, out_TNH, lse_TN = ctx.saved_tensors
+        d_out_TNH = d_out_TNH.contiguous()
         d_q_TNH, d_k_TGH, d_v_TGH = (torch.empty_like(x) for x in (q_TNH, k_TGH, v_TGH))
         delta_TN = torch.empty_like(lse_TN)
-        items = len(tiles) * shape["N"]
-        triton_kernels.backward_q[grid_size(items)](
-            q_TNH, k_TGH, v_TGH, out_TNH, d_out_TNH, lse_TN, delta_TN, d_q_TNH, tiles, items, scale, **shape
-        )
-        tiles = key_tiles(ctx.cu_seqlens, shape["C"]).to(q_TNH.device)
-        items = len(tiles) * shape["G"]
-        triton_kernels.backward_kv[grid_size(items)](
-            q_TNH, k_TGH, v_TGH, d_out_TNH, lse_TN, delta_TN, d_k_TGH, d_v_TGH, tiles, items, scale, **shape
-        )
+        inputs = [q_TNH, k_TGH, v_TGH]
+        _launch("backward_q", [*inputs, out_TNH, d_out_TNH, lse_TN, delta_TN, d_q_TNH], ctx.cu_seqlens, ctx.scale)
+        _launch("backward_kv", [*inputs, d_out_TNH, lse_TN, delta_TN, d_k_TGH, d_v_TGH], ctx.cu_seqlens, ctx.scale)
         return d_q_TNH, d_k_TGH, d_v_TGH, None, None
 
 
-def _shape(q_TNH, k_TGH) -> dict[str, int | bool]:
+def _launch(kernel: str, tensors: list[torch.Tensor], cu_seqlens: tuple[int, ...], scale: float) -> None:
+    """tensors: as the kernel takes them, q and k first."""
+    from . import triton_kernels
+
+    (_, heads, head_size), groups = tensors[0].shape, tensors[1].shape[1]
+    device, element_size = tensors[0].device, tensors[0].element_size()
+    block = attention_tile(kernel, device.type, head_size, element_size)
+    keys = kernel == "backward_kv"
+    tiles = _tiles_on(device, keys, cu_seqlens, block.cols if keys else block.rows)
+    items = len(tiles) * (groups if keys else heads)
+    getattr(triton_kernels, kernel)[grid(items, device, matrix=True)](
+        *tensors, tiles, items, scale, **constants(heads, groups, head_size, block), **block.options
+    )
+
+
+@lru_cache(maxsize=16)
+def _tiles_on(device: torch.device, keys: bool, cu_seqlens: tuple[int, ...], block: int) -> torch.Tensor:
+    """All layers of a model share them, and a copy to the device waits for it."""
+    return (key_tiles if keys else query_tiles)(cu_seqlens, block).to(device)
+
+
+def constants(heads: int, groups: int, head_size: int, block: Tile) -> dict[str, int | bool]:
     """Compile-time constants of the three kernels."""
-    rows, cols = blocks(q_TNH.shape[2], q_TNH.dtype == torch.float32)
     return {
-        "N": q_TNH.shape[1],
-        "G": k_TGH.shape[1],
-        "H": q_TNH.shape[2],
-        "P": max(16, 1 << (q_TNH.shape[2] - 1).bit_length()),
-        "M": rows,
-        "C": cols,
+        "N": heads,
+        "G": groups,
+        "H": head_size,
+        "P": max(16, 1 << (head_size - 1).bit_length()),
+        "M": block.rows,
+        "C": block.cols,
         # the interpreter multiplies the bits of bfloat16 as integers
         "UPCAST": INTERPRETED,
     }

@@ -8,12 +8,9 @@ from functools import partial
 
 import torch
 
-from npd_kernels.launch import INTERPRETED, grid_size, triton_unavailable
+from npd_kernels.launch import ROW_TILES, grid, triton_unavailable
 
 from . import streamed
-
-# Columns that a program holds at once.
-BLOCK = 64 if INTERPRETED else 4096
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -36,9 +33,10 @@ class Rows:
             self._ids_CK = local_ids_CK.masked_fill(~held_CK, -1)
         self._ids_CK = self._ids_CK.int().contiguous()
         num_rows, slots = ids_CK.shape
+        tile = ROW_TILES[logits_CV.device.type]["token_loss"]
         self.lse_C1 = self._logits_CV.new_empty(num_rows, 1, dtype=torch.float32)
         self.target_CK = self._logits_CV.new_empty(num_rows, slots, dtype=torch.float32)
-        triton_kernels.lse_and_targets[grid_size(num_rows)](
+        triton_kernels.lse_and_targets[grid(num_rows, self._logits_CV.device, matrix=False)](
             self._logits_CV,
             self._ids_CK,
             self.lse_C1,
@@ -48,7 +46,8 @@ class Rows:
             self._logits_CV.shape[1],
             K=slots,
             SLOTS=1 << (slots - 1).bit_length(),
-            BLOCK=BLOCK,
+            BLOCK=tile.cols,
+            **tile.options,
         )
         if shard:
             self.lse_C1, self.target_CK = shard.combine(self.lse_C1, self.target_CK)
@@ -58,7 +57,8 @@ class Rows:
         from . import triton_kernels
 
         num_rows, slots = scaled_CK.shape
-        triton_kernels.gradient[grid_size(num_rows)](
+        tile = ROW_TILES[self._logits_CV.device.type]["token_loss"]
+        triton_kernels.gradient[grid(num_rows, self._logits_CV.device, matrix=False)](
             self._logits_CV,
             self._ids_CK,
             self.lse_C1,
@@ -68,7 +68,8 @@ class Rows:
             self._valid,
             self._logits_CV.shape[1],
             K=slots,
-            BLOCK=BLOCK,
+            BLOCK=tile.cols,
+            **tile.options,
         )
         return self._logits_CV
 
