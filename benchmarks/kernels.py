@@ -1,0 +1,174 @@
+"""The kernels against their bounds and against the best public ones, forward and backward together.
+
+    python benchmarks/kernels.py [--device cpu|cuda] [--dtype float32|bfloat16] [--only attention|loss|divergence]
+
+Sizes: openPangu-Embedded-1B (hidden 1536, vocabulary 153,376, 12 query and 6 key heads of 128), 10 teacher targets and
+the given token. A GPU gets packs of 32,768 tokens, a CPU smaller ones. Contestants take turns in one process and the
+best time of each counts. The bound is that of the matrix products that cannot be avoided, timed in the same rounds:
+`of bound` = bound / time. Errors are against plain code in the same run, relative to the largest value.
+
+What is not installed or does not run on the device is named with the reason. The public kernels come with
+    pip install liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+Prints a JSON object; times on a shared machine count as ratios only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from kernel_contestants import ATTENTION, DIVERGENCE, LOSS, Heads, make_heads, make_pack
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument("--only", choices=["attention", "loss", "divergence"])
+    parser.add_argument("--tokens", type=int, help="of the loss and the divergence; default: 512, 8192 on cuda")
+    parser.add_argument("--vocabulary", type=int, default=153_376)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-of", nargs=2, metavar=("SHAPE", "NAME"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.tokens = args.tokens or (8192 if args.device == "cuda" else 512)
+    cases = shapes(args)
+    if args.peak_of:
+        shape, name = args.peak_of
+        print(_peak_of_this_process(*cases[shape], name))
+        return
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {args.threads} threads"
+    result = {"device": where, "dtype": args.dtype, "torch": torch.__version__}
+    for shape, (contestants, make, bound) in cases.items():
+        result[shape] = compare(shape, contestants, make(), bound, args)
+    print(json.dumps(result, indent=2))
+
+
+def shapes(args: argparse.Namespace) -> dict[str, tuple[dict, Callable, Callable]]:
+    """name -> (contestants, how to make the inputs, seconds of the bound given the inputs)"""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    packs = {"16 of 256": [256] * 16, "GSM8K-like, 4,096 tokens": gsm8k_like(4096)}
+    if args.device == "cuda":
+        packs = {"8 of 4,096": [4096] * 8, "GSM8K-like, 32,768 tokens": gsm8k_like(32768)}
+    cases: dict = {
+        f"attention, {name}": (
+            ATTENTION,
+            lambda lengths=lengths: make_pack(lengths, device, dtype),
+            lambda pack: pack.flops / _gemm_flops_per_s(device, dtype),
+        )
+        for name, lengths in packs.items()
+    }
+    size = f"{args.tokens:,} tokens, vocabulary {args.vocabulary:,}"
+    heads = lambda: make_heads(args.tokens, args.vocabulary, device, dtype)  # noqa: E731
+    cases[f"loss, {size}"] = (LOSS, heads, lambda x: _head_seconds(x, products=3))
+    cases[f"divergence, {size}"] = (DIVERGENCE, heads, lambda x: _head_seconds(x, products=4))
+    return {name: case for name, case in cases.items() if args.only is None or name.startswith(args.only)}
+
+
+def gsm8k_like(tokens: int) -> list[int]:
+    """Lengths of questions with answers: log-normal, median 200, 64 to 512 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths: list[int] = []
+    while (room := tokens - sum(lengths)) > 0:
+        length = int((5.3 + 0.4 * torch.randn((), generator=generator)).exp().clamp(64, 512))
+        lengths.append(min(room, length))
+    return lengths
+
+
+def compare(shape: str, contestants: dict, inputs, bound: Callable, args: argparse.Namespace) -> dict:
+    rows, steps, truth = {}, {}, None
+    for name, build in contestants.items():
+        try:
+            step = build(inputs)
+            values = step()
+        except Exception as error:  # a library may say in any way that it cannot; ours has one
+            if name.startswith(("npd", "plain")) and "cannot run here" not in str(error):
+                raise
+            rows[name] = {"not run": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+            continue
+        truth = truth or [value.double() for value in values]
+        steps[name], rows[name] = step, {}
+        if not name.startswith("hard labels"):
+            errors = zip(values, truth, strict=True)
+            rows[name]["error"] = f"{max(float((v.double() - t).abs().max() / t.abs().max()) for v, t in errors):.1e}"
+        del values
+    bounds, seconds = [], {name: [] for name in steps}
+    for _ in range(args.rounds):
+        bounds.append(bound(inputs))
+        for name, step in steps.items():
+            seconds[name].append(_seconds(step))
+    for name, step in steps.items():
+        best = min(seconds[name])
+        rows[name] |= {"ms": _ms(best), "of bound": round(min(bounds) / best, 3)}
+        rows[name]["times plain"] = round(min(next(iter(seconds.values()))) / best, 2)
+        rows[name]["peak MB"] = round(_peak_bytes(shape, name, step, args) / 2**20)
+    return {"bound ms": _ms(min(bounds)), **rows}
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 2)
+
+
+def _seconds(step: Callable) -> float:
+    """Of one call, the device waited for."""
+    _synchronise()
+    started = time.perf_counter()
+    step()
+    _synchronise()
+    return time.perf_counter() - started
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _gemm_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    return 2 * size**3 / min(_seconds(lambda: a @ b) for _ in range(5))
+
+
+@torch.no_grad()
+def _head_seconds(x: Heads, products: int) -> float:
+    """Logits and the two gradients in whole products, and the teacher's logits for a divergence."""
+    logits = x.hidden @ x.weight.T
+    seconds = _seconds(lambda: x.hidden @ x.weight.T)
+    seconds += _seconds(lambda: logits @ x.weight) + _seconds(lambda: logits.T @ x.hidden)
+    return seconds + (_seconds(lambda: x.teacher_hidden @ x.teacher_weight.T) if products == 4 else 0.0)
+
+
+def _peak_bytes(shape: str, name: str, step: Callable, args: argparse.Namespace) -> int:
+    """What one call holds at most above its inputs, gradients included; on CPU in a process of its own."""
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    options = [f"--{key}={getattr(args, key)}" for key in ("device", "dtype", "tokens", "vocabulary", "threads")]
+    command = [sys.executable, __file__, *options, "--peak-of", shape, name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _peak_of_this_process(contestants: dict, make: Callable, bound: Callable, name: str) -> int:
+    step = contestants[name](make())
+    torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
+    before = _peak_rss_bytes()
+    step()
+    return _peak_rss_bytes() - before
+
+
+def _peak_rss_bytes() -> int:
+    """Of this program; getrusage's figure would begin with the peak of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()
