@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from kernel_contestants import ATTENTION, DIVERGENCE, LOSS, Heads, make_heads, make_pack
+from peak import peak_bytes
 
 
 def main() -> None:
@@ -159,15 +159,7 @@ def _peak_bytes(shape: str, name: str, step: Callable, args: argparse.Namespace)
 def _peak_of_this_process(contestants: dict, make: Callable, bound: Callable, name: str) -> int:
     step = contestants[name](make())
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the libraries' own buffers
-    before = _peak_rss_bytes()
-    step()
-    return _peak_rss_bytes() - before
-
-
-def _peak_rss_bytes() -> int:
-    """Of this program; getrusage's figure would begin with the peak of the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return peak_bytes(step)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from npd_ascend.config import OptimizerConfig
-from npd_ascend.model.load import random_decoder
+from npd_ascend.model.load import load_decoder
 from npd_ascend.packing import share_packs
 from npd_ascend.parallel import layers
 from npd_ascend.parallel import mesh as mesh_module
@@ -158,12 +158,11 @@ def _serve(name: str, rank: int, folder: Path, num_packs: int, pipe) -> None:
 
 
 def _our_step(folder: Path, num_packs: int, mesh):
-    model = random_decoder(
+    model = load_decoder(
         folder,
         seed=0,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        attention_impl="sdpa",
         cut=partial(cut_model, mesh=mesh),
     )
     optimizer, objective = MasterAdamW(model, OptimizerConfig(), mesh), Objective(lambda_=0.9)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from npd_ascend.model import decoder
-from npd_ascend.model.decoder import Decoder
+from npd_ascend.model.decoder import PLAIN, Decoder
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.parallel.plan import cut_model, refusal
@@ -117,7 +117,7 @@ def kept_bytes_per_token(config: DecoderConfig, tp: int, recompute: str) -> floa
         return 2 * config.hidden_size / tp  # the layer's input
     mesh = Mesh(tp=tp, sequence_parallel=tp > 1, tp_group=dist.new_group(list(range(tp))) if tp > 1 else None)
     with torch.device("meta"):
-        model = Decoder(replace(config, num_layers=1, vocab_size=64), "sdpa", recompute)
+        model = Decoder(replace(config, num_layers=1, vocab_size=64), PLAIN, recompute)
     cut_model(model, mesh)
     model = model.bfloat16().to_empty(device="cpu")
     for parameter in model.parameters():
@@ -140,7 +140,7 @@ def kept_bytes_per_token(config: DecoderConfig, tp: int, recompute: str) -> floa
     x_TD = torch.randn(PROBE_TOKENS // tp, config.hidden_size).bfloat16().requires_grad_()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y_TD = model.layers[0](x_TD, *rotary, [0, PROBE_TOKENS])
+            y_TD = model.layers[0](x_TD, rotary, [0, PROBE_TOKENS])
             return sum(kept.values()) / PROBE_TOKENS + 0 * y_TD.numel()  # y holds the graph alive till here
     finally:
         decoder.checkpoint = checkpoint

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peak import peak_bytes
 
 from npd_ascend.config import OptimizerConfig
 from npd_ascend.device import DTYPES
-from npd_ascend.model.load import random_decoder
+from npd_ascend.model.load import load_decoder
 from npd_ascend.records import Sample
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
@@ -70,7 +71,7 @@ def step_against_bound(dtype: torch.dtype, steps: int) -> dict:
     """Best step time, best GEMM rate, both taken in turn so that both see the same machine."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2_135M))
-        model = random_decoder(Path(folder), seed=0, dtype=dtype, device=CPU, attention_impl="sdpa")
+        model = load_decoder(Path(folder), seed=0, dtype=dtype, device=CPU)
     optimizer, objective = MasterAdamW(model, OptimizerConfig()), Objective(lambda_=0.9)
     samples = _samples()
     batch = make_batch(samples, objective, CPU)
@@ -131,23 +132,19 @@ def _gemm_flops_per_s(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def loss_peak_bytes(tokens: int, dtype: torch.dtype) -> int:
-    """Growth of this process's peak memory over one loss and its gradients, the result itself included."""
+    """Peak memory of one loss and its gradients, the gradients included."""
     from npd_kernels.token_loss import token_loss
 
     hidden = torch.randn(tokens, 576).to(dtype).requires_grad_()
     weight = torch.randn(49152, 576).to(dtype).requires_grad_()
     ids, weights = torch.randint(49152, (tokens, 11)), torch.rand(tokens, 11)
     torch.mm(hidden[:64].detach(), weight[:64].detach().T)  # the libraries' own buffers
-    before = _peak_rss_bytes()
-    loss_sum, _ = token_loss(hidden, weight, ids, weights, torch.ones(tokens), impl="chunked")
-    loss_sum.backward()
-    return _peak_rss_bytes() - before
 
+    def step():
+        loss_sum, _ = token_loss(hidden, weight, ids, weights, torch.ones(tokens), impl="chunked")
+        loss_sum.backward()
 
-def _peak_rss_bytes() -> int:
-    """Of this program; getrusage's figure would begin with the peak of the process that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return peak_bytes(step)
 
 
 def _loss_peak_of_a_fresh_process(tokens: int, args: argparse.Namespace) -> int:

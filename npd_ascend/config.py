@@ -29,8 +29,11 @@ class DeviceConfig(_Section):
 
 
 class KernelConfig(_Section):
-    attention: Literal["reference", "sdpa"] = "sdpa"
-    loss: Literal["reference", "chunked"] = "chunked"
+    """Implementations of npd_kernels; one that cannot run on the device is refused before anything starts."""
+
+    attention: Literal["reference", "sdpa", "triton", "npu"] = "sdpa"
+    loss: Literal["reference", "chunked", "triton"] = "chunked"
+    layer: Literal["torch", "npu"] = "torch"  # norm, rotary embedding, gated activation
 
 
 class ParallelConfig(_Section):

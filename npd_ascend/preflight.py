@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from npd_ascend.config import Config
+from npd_ascend.device import open_device
 from npd_ascend.errors import UserError
-from npd_ascend.model.decoder import Decoder
+from npd_ascend.model.decoder import PLAIN, Decoder
 from npd_ascend.model.families import DecoderConfig, read_config
 from npd_ascend.model.hf_weights import check_hf_weights
+from npd_ascend.model.load import choose_kernels
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Prompt
@@ -28,6 +30,8 @@ def check_run(config: Config) -> str:
     student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
     lines.append(f"student  {_millions(student)} ({config.student.init}), {config.student.path}")
+    choose_kernels(config.kernels, open_device(config.device.kind, config.device.threads))
+    lines.append(f"kernels  {', '.join(f'{key} {impl}' for key, impl in config.kernels)}")
     if reason := refusal(student, config.parallel.tp):
         raise UserError(f"{config.student.path}/config.json: {reason}; choose another parallel.tp")
     if config.student.init == "pretrained":
@@ -90,7 +94,7 @@ def _check_vocabularies(config: Config, tokenizer: ChatTokenizer) -> None:
 
 def _check_weights(folder: Path) -> None:
     with torch.device("meta"):
-        model = Decoder(read_config(folder), "sdpa")
+        model = Decoder(read_config(folder), PLAIN)
     check_hf_weights(model, folder)
 
 

@@ -107,7 +107,7 @@ def hf_pair(request, tmp_path):
     """(transformers model, our decoder of the same weights, folder)."""
     model = make_hf_model(request.param)
     model.save_pretrained(tmp_path / "model")
-    ours = load_decoder(tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), attention_impl="sdpa")
+    ours = load_decoder(tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"))
     return model, ours, tmp_path / "model"
 
 

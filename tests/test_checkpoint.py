@@ -6,7 +6,7 @@ from conftest import CONFIGS
 
 from npd_ascend.checkpoint import Checkpoints, Rectangle
 from npd_ascend.errors import UserError
-from npd_ascend.model.load import random_decoder
+from npd_ascend.model.load import load_decoder
 from npd_ascend.weights.disk import DiskChannel
 
 
@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damag
 
 def test_a_weight_version_whose_bytes_changed_is_refused(tmp_path):
     source = CONFIGS / "addition" / "student"
-    model = random_decoder(source, seed=0, dtype=torch.float32, device=torch.device("cpu"), attention_impl="sdpa")
+    model = load_decoder(source, seed=0, dtype=torch.float32, device=torch.device("cpu"))
     channel = DiskChannel(tmp_path)
     with pytest.raises(UserError, match="version 0 is not published"):
         channel.fetch(0)

@@ -115,3 +115,13 @@ def test_pruning_a_folder_without_weights_is_refused(tmp_path, capsys):
     assert main(["prune", str(CONFIGS / "addition" / "student"), str(tmp_path / "cut"), "--keep", "0"]) == 2
     assert "model.safetensors: no such file" in capsys.readouterr().err
     assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("key", ["attention", "layer"])
+def test_a_kernel_that_cannot_run_here_is_refused_before_anything_starts(key, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["run", "--config", str(ADDITION), f"run.folder={folder}", f"kernels.{key}=npu"]) == 2
+    said = capsys.readouterr().err
+    assert f"kernels.{key}: npu cannot run here: it needs an Ascend NPU, and the tensors are on cpu" in said
+    assert "Traceback" not in said
+    assert not (folder / "weights").exists()

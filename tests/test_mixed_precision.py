@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIGS
 
 from npd_ascend.config import OptimizerConfig, load_config
-from npd_ascend.model.load import random_decoder
+from npd_ascend.model.load import load_decoder
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
@@ -39,7 +39,7 @@ def _curve(dtype, optimizer_of):
     folder = CONFIGS / "addition" / "student"
     config = load_config(CONFIGS / "addition_cpu.yaml", ["data.gold.count=32"])
     samples, objective = gold_samples(config, ChatTokenizer(folder)), Objective()
-    model = random_decoder(folder, seed=0, dtype=dtype, device=CPU, attention_impl="sdpa")
+    model = load_decoder(folder, seed=0, dtype=dtype, device=CPU)
     batch, total = make_batch(samples, objective, CPU), weight_sum(samples, objective)
     optimizer = optimizer_of(model)
     return [train_step(model, [batch], optimizer, objective, weight_sum=total, lr=LR).loss for _ in range(STEPS)]

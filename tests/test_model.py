@@ -13,7 +13,7 @@ from npd_ascend.model.families import read_config
 from npd_ascend.model.hf_weights import hf_views
 from npd_ascend.model.load import load_decoder, save_decoder
 
-CPU = {"dtype": torch.float32, "device": torch.device("cpu"), "attention_impl": "sdpa"}
+CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
 LENGTHS = [7, 1, 12, 12, 3]
 CU = [0, 7, 8, 20, 32, 35]
 

@@ -9,7 +9,8 @@ from conftest import CONFIGS, make_samples
 
 from npd_ascend.config import OptimizerConfig
 from npd_ascend.errors import UserError
-from npd_ascend.model.load import random_decoder
+from npd_ascend.model.decoder import Kernels
+from npd_ascend.model.load import load_decoder
 from npd_ascend.records import Sample
 from npd_ascend.trainer.objectives import Objective, batch_loss, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
@@ -59,8 +60,8 @@ def test_sft_is_plain_cross_entropy():
 
 def _gradients(split, objective, attention="sdpa"):
     """(loss, gradients) of one step over packs given as lists of samples, without the update."""
-    model = random_decoder(
-        CONFIGS / "addition" / "student", seed=0, dtype=torch.float32, device=CPU, attention_impl=attention
+    model = load_decoder(
+        CONFIGS / "addition" / "student", seed=0, dtype=torch.float32, device=CPU, kernels=Kernels(attention, "torch")
     )
     optimizer = MasterAdamW(model, OptimizerConfig(clip_norm=1e9))
     grads = {}
@@ -119,9 +120,7 @@ def test_normalisation_by_hand():
 
 def test_bfloat16_keeps_float32_masters():
     """An update far below bfloat16's rounding is lost without masters and adds up with them."""
-    model = random_decoder(
-        CONFIGS / "addition" / "student", seed=0, dtype=torch.bfloat16, device=CPU, attention_impl="sdpa"
-    )
+    model = load_decoder(CONFIGS / "addition" / "student", seed=0, dtype=torch.bfloat16, device=CPU)
     objective, before = Objective(lambda_=0.9), model.layers[0].mlp.down.weight.float().clone()
     optimizer = MasterAdamW(model, OptimizerConfig())
     for _ in range(300):
@@ -134,9 +133,7 @@ def test_bfloat16_keeps_float32_masters():
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
-    model = random_decoder(
-        CONFIGS / "addition" / "student", seed=0, dtype=torch.float32, device=CPU, attention_impl="sdpa"
-    )
+    model = load_decoder(CONFIGS / "addition" / "student", seed=0, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         model.layers[0].mlp.down.weight[0, 0] = float("nan")
     before = [p.clone() for p in model.parameters()]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npd_kernels.launch import Tile
-from npd_kernels.packed_attention import impl_triton, packed_attention, reference
+from npd_kernels.packed_attention import impl_npu, impl_triton, packed_attention, reference
 
 LENGTHS = [1, 17, 17, 64, 3, 3, 3, 29]
 CU = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
@@ -127,9 +127,41 @@ def test_offsets_that_do_not_fit_are_refused(cu, said):
         packed_attention(*_inputs(6), cu, 1.0, impl="sdpa")
 
 
+def _shapes(tokens=6, heads=4, groups=2, size=32, dtype=torch.bfloat16):
+    return [torch.empty(tokens, n, size, dtype=dtype, device="meta") for n in (heads, groups, groups)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "cu", "said"),
+    [
+        (_shapes(1025), range(1026), "at most 1,024 samples in a pack; got 1,025. lower pack_tokens"),
+        (_shapes(1_000_001), [0, 1_000_001], "at most 1,000,000 tokens in a pack; got 1,000,001"),
+        (_shapes(heads=257, groups=257), [0, 6], "at most 256 query heads; got 257. raise parallel.tp"),
+        (_shapes(size=769), [0, 6], "at most 768 as head size; got 769"),
+        (_shapes(), [0, 4], "must rise strictly from 0 to T=6"),
+        (_shapes(), [2, 6], "must rise strictly from 0 to T=6"),
+        (_shapes(), [0, 3, 3, 6], "must rise strictly"),
+        (_shapes(heads=4, groups=3), [0, 6], "query heads a multiple of key heads"),
+        (_shapes(dtype=torch.float64), [0, 6], "must share float16, bfloat16 or float32; got torch.float64"),
+        ([*_shapes()[:2], _shapes(dtype=torch.float16)[2]], [0, 6], "must share"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_the_npu_operator_does_not_check_is_refused(shapes, cu, said):
+    with pytest.raises(ValueError, match=said):
+        impl_npu.check(*shapes, list(cu))
+
+
+def test_what_the_npu_operator_takes_passes():
+    impl_npu.check(*_shapes(1024), list(range(1025)))
+    impl_npu.check(*_shapes(heads=12, groups=6, size=128), [0, 2, 6])
+    with pytest.raises(RuntimeError, match="needs an Ascend NPU, and the tensors are on cpu"):
+        packed_attention(*_inputs(6), [0, 6], 1.0, impl="npu")
+
+
 def test_unknown_implementation_and_shapes_are_refused():
     q, k, v = _inputs(6)
-    with pytest.raises(ValueError, match="choose one of reference, sdpa, triton"):
+    with pytest.raises(ValueError, match="choose one of reference, sdpa, triton, npu"):
         packed_attention(q, k, v, [0, 6], 1.0, impl="flash")
     with pytest.raises(ValueError, match="multiple of G"):
         packed_attention(q[:, :3], k, v, [0, 6], 1.0, impl="sdpa")

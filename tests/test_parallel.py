@@ -35,7 +35,6 @@ def train(mesh, folder, steps=5, recompute="off", targets="renormalised", packs=
         folder,
         dtype=dtype,
         device=CPU,
-        attention_impl="sdpa",
         recompute=recompute,
         cut=partial(cut_model, mesh=mesh),
     )

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def open_trainer(mesh, folder, dtype=torch.float32):
     cut = partial(cut_model, mesh=mesh)
-    model = load_decoder(folder, dtype=dtype, device=CPU, attention_impl="sdpa", cut=cut)
+    model = load_decoder(folder, dtype=dtype, device=CPU, cut=cut)
     return model, MasterAdamW(model, OptimizerConfig(lr=1e-3), mesh)
 
 
@@ -163,9 +163,7 @@ def count_collectives(mesh, folder, recompute):
     patch.setattr(layers, "dist", SimpleNamespace(all_reduce=counted("reduce", dist.all_reduce, size)))
     try:
         cut = partial(cut_model, mesh=mesh)
-        model = load_decoder(
-            folder, dtype=torch.float32, device=CPU, attention_impl="sdpa", recompute=recompute, cut=cut
-        )
+        model = load_decoder(folder, dtype=torch.float32, device=CPU, recompute=recompute, cut=cut)
         batch = make_batch(SAMPLES, OBJECTIVE, CPU, mesh.row_multiple)
         model(batch.layout.token_ids_T, batch.layout.cu_seqlens).sum().backward()
     finally:

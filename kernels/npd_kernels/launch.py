@@ -1,4 +1,4 @@
-"""How Triton kernels are launched: one table for every device, and nothing tried out at run time.
+"""Where kernels run, and how the Triton ones are launched: a table per device, and nothing tried out at run time.
 
 Each entry is compiled for its device by the tests, which fail when it overflows the on-chip memory: tests/ascend for
 Ascend910B1 and 910B3 (192 KB of unified buffer), tests/cuda for sm_80 and sm_90 (shared memory and spilled registers).
@@ -67,6 +67,15 @@ def triton_unavailable(device: torch.device) -> str | None:
         return "Triton generates no code for CPUs (TRITON_INTERPRET=1 is for tests)"
     if device.type not in ROW_TILES:
         return f"no launch table for {device.type} devices"
+    return None
+
+
+def npu_unavailable(device: torch.device) -> str | None:
+    """Why an operator of torch_npu cannot run on `device`; None if it can."""
+    if device.type != "npu":
+        return f"it needs an Ascend NPU, and the tensors are on {device.type}"
+    if importlib.util.find_spec("torch_npu") is None:
+        return "the torch_npu package is not installed"
     return None
 
 

@@ -10,70 +10,87 @@ Recomputation in the backward (Korthikanti et al. 2022, arXiv 2205.05198), none 
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.model.hf_weights import Piece, whole_pieces
+from npd_kernels.layer_ops import rms_norm, rotary_tables, rotate, swiglu
 from npd_kernels.packed_attention import packed_attention
 from npd_kernels.token_loss import VocabShard
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Keys of IMPLEMENTATIONS in npd_kernels.packed_attention and npd_kernels.layer_ops."""
+
+    attention: str
+    layer: str
+
+
+PLAIN = Kernels("sdpa", "torch")  # what every device has
+
+
+class Norm(nn.RMSNorm):
+    def __init__(self, size: int, eps: float | None, impl: str):
+        super().__init__(size, eps)
+        self.impl = impl
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, impl=self.impl)
+
+
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig, impl: str, recompute: bool):
+    def __init__(self, config: DecoderConfig, kernels: Kernels, recompute: bool):
         super().__init__()
-        self.impl, self.recompute, self.head_dim = impl, recompute, config.head_dim
+        self.kernels, self.recompute, self.head_dim = kernels, recompute, config.head_dim
         self.split_sizes = config.qkv_rows
         self.qkv = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.qkv_bias)
         self.out = nn.Linear(self.split_sizes[0], config.hidden_size, bias=config.o_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = Norm(config.head_dim, config.rms_norm_eps, kernels.layer) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.rms_norm_eps, kernels.layer) if config.qk_norm else None
 
-    def forward(self, x_TD: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor, cu_seqlens: Sequence[int]):
-        return self.out(_run(self.recompute, self._attend, self.qkv(x_TD), cos_T1H, sin_T1H, cu_seqlens))
+    def forward(self, x_TD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: Sequence[int]):
+        return self.out(_run(self.recompute, self._attend, self.qkv(x_TD), rotary, cu_seqlens))
 
-    def _attend(self, qkv: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor, cu_seqlens: Sequence[int]):
+    def _attend(self, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: Sequence[int]):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.split_sizes, -1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos_T1H, sin_T1H), rotate(k, cos_T1H, sin_T1H)
-        return packed_attention(q, k, v, cu_seqlens, self.head_dim**-0.5, impl=self.impl).flatten(1)
+        q, k = (rotate(x, rotary, impl=self.kernels.layer) for x in (q, k))
+        return packed_attention(q, k, v, cu_seqlens, self.head_dim**-0.5, impl=self.kernels.attention).flatten(1)
 
 
 class Mlp(nn.Module):
-    def __init__(self, config: DecoderConfig, recompute: bool):
+    def __init__(self, config: DecoderConfig, kernels: Kernels, recompute: bool):
         super().__init__()
-        self.recompute = recompute
+        self.activation, self.recompute = partial(swiglu, impl=kernels.layer), recompute
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down(_run(self.recompute, _swiglu, self.gate_up(x_TD)))
-
-
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+        return self.down(_run(self.recompute, self.activation, self.gate_up(x_TD)))
 
 
 class Block(nn.Module):
-    def __init__(self, config: DecoderConfig, attention_impl: str, recompute: bool):
+    def __init__(self, config: DecoderConfig, kernels: Kernels, recompute: bool):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, attention_impl, recompute)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config, recompute)
+        self.attention_norm = Norm(config.hidden_size, config.rms_norm_eps, kernels.layer)
+        self.attention = Attention(config, kernels, recompute)
+        self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps, kernels.layer)
+        self.mlp = Mlp(config, kernels, recompute)
 
-    def forward(self, x_TD, cos_T1H, sin_T1H, cu_seqlens):
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_T1H, sin_T1H, cu_seqlens)
+    def forward(self, x_TD, rotary, cu_seqlens):
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotary, cu_seqlens)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
 class Decoder(nn.Module):
-    """`attention_impl`: a key of npd_kernels.packed_attention.IMPLEMENTATIONS; `recompute`: off, selective or full.
+    """`recompute`: off, selective or full.
 
     What npd_ascend.parallel changes when it cuts the model:
     pieces: parameter name -> the Hugging Face rectangles its rows are.
@@ -82,14 +99,12 @@ class Decoder(nn.Module):
     kv_copies: how many slots over all tensor-parallel ranks hold each key and value head.
     """
 
-    def __init__(self, config: DecoderConfig, attention_impl: str, recompute: str = "off"):
+    def __init__(self, config: DecoderConfig, kernels: Kernels, recompute: str = "off"):
         super().__init__()
-        self.config, self._recompute = config, recompute == "full"
+        self.config, self._kernels, self._recompute = config, kernels, recompute == "full"
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, attention_impl, recompute == "selective") for _ in range(config.num_layers)
-        )
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(config, kernels, recompute == "selective") for _ in range(config.num_layers))
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps, kernels.layer)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.pieces: dict[str, list[Piece]] = {
             name: whole_pieces(config, name, tuple(parameter.shape)) for name, parameter in self.named_parameters()
@@ -108,10 +123,10 @@ class Decoder(nn.Module):
 
         token_ids_T: int64. cu_seqlens: host integers from 0 to T, see packed_attention.
         """
-        cos_T1H, sin_T1H = self._rotary(cu_seqlens)
+        rotary = self._rotary(cu_seqlens)
         x_TD = self.embed(token_ids_T)
         for layer in self.layers:
-            x_TD = _run(self._recompute, layer, x_TD, cos_T1H, sin_T1H, cu_seqlens)
+            x_TD = _run(self._recompute, layer, x_TD, rotary, cu_seqlens)
         return self.norm(x_TD)
 
     def _rotary(self, cu_seqlens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,16 +135,8 @@ class Decoder(nn.Module):
         positions_T = torch.cat([torch.arange(length) for length in lengths]).to(weight.device)
         half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=weight.device)
         frequency_h = 1.0 / self.config.rope_theta ** (half / self.config.head_dim)
-        angle_T1H = torch.outer(positions_T.float(), frequency_h).repeat(1, 2)[:, None]
-        # the sign of rotate-half is folded into the sine, so that rotate() needs one roll and no negation
-        sign_H = torch.ones(self.config.head_dim, device=weight.device)
-        sign_H[: self.config.head_dim // 2] = -1
-        return angle_T1H.cos().to(weight.dtype), (angle_T1H.sin() * sign_H).to(weight.dtype)
-
-
-def rotate(x_TNH: torch.Tensor, cos_T1H: torch.Tensor, signed_sin_T1H: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in the half-split form of Llama (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    return x_TNH * cos_T1H + x_TNH.roll(x_TNH.shape[-1] // 2, dims=-1) * signed_sin_T1H
+        angle_TH = torch.outer(positions_T.float(), frequency_h).repeat(1, 2)
+        return rotary_tables(angle_TH, weight.dtype, impl=self._kernels.layer)
 
 
 def _run(recompute: bool, fn: Callable[..., torch.Tensor], *args) -> torch.Tensor:

@@ -7,13 +7,25 @@ from pathlib import Path
 
 import torch
 
-from npd_ascend.model.decoder import Decoder, initialise
+from npd_ascend.config import KernelConfig
+from npd_ascend.errors import UserError
+from npd_ascend.model.decoder import PLAIN, Decoder, Kernels, initialise
 from npd_ascend.model.families import read_config
 from npd_ascend.model.hf_weights import hf_views, load_hf_weights
 from npd_ascend.model.safetensors_stream import write_safetensors
+from npd_kernels import layer_ops, packed_attention, token_loss
 
 # Everything but weights and their index belongs to the model and travels with it (licence files included).
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.gguf", "version.json")
+
+
+def choose_kernels(config: KernelConfig, device: torch.device) -> Kernels:
+    """The configured implementations; UserError for the first that cannot run on `device`."""
+    for key, operation in (("attention", packed_attention), ("loss", token_loss), ("layer", layer_ops)):
+        impl = getattr(config, key)
+        if reason := operation.IMPLEMENTATIONS[impl].unavailable_reason(device):
+            raise UserError(f"kernels.{key}: {impl} cannot run here: {reason}; choose another one")
+    return Kernels(config.attention, config.layer)
 
 
 def load_decoder(
@@ -21,41 +33,26 @@ def load_decoder(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    attention_impl: str,
+    kernels: Kernels = PLAIN,
+    seed: int | None = None,
     recompute: str = "off",
     cut: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
-    """The model in `folder`, weights included, without a copy in another dtype beside it.
+    """The model in `folder`, without a copy in another dtype beside it.
 
+    seed: of fresh weights for the architecture of the folder's config.json; None: the weights in the folder.
     cut: called on the empty model before it takes any memory; leaves one rank's part of it.
     """
-    model = _empty(folder, dtype, device, attention_impl, recompute, cut)
-    load_hf_weights(model, folder)
-    return model
-
-
-def random_decoder(
-    folder: Path,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention_impl: str,
-    recompute: str = "off",
-    cut: Callable[[Decoder], None] | None = None,
-) -> Decoder:
-    """The architecture of `folder`/config.json with fresh weights; `cut` as in load_decoder."""
-    model = _empty(folder, dtype, device, attention_impl, recompute, cut)
-    initialise(model, seed)
-    return model
-
-
-def _empty(folder, dtype, device, attention_impl, recompute, cut) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(read_config(folder), attention_impl, recompute)
+        model = Decoder(read_config(folder), kernels, recompute)
     if cut:
         cut(model)
-    return model.to(dtype=dtype).to_empty(device=device)
+    model = model.to(dtype=dtype).to_empty(device=device)
+    if seed is None:
+        load_hf_weights(model, folder)
+    else:
+        initialise(model, seed)
+    return model
 
 
 def save_decoder(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from npd_ascend.durable import commit_folder
 from npd_ascend.errors import UserError
-from npd_ascend.model.decoder import Decoder
+from npd_ascend.model.decoder import PLAIN, Decoder
 from npd_ascend.model.families import read_config
 from npd_ascend.model.hf_weights import check_hf_weights
 from npd_ascend.model.load import copy_model_files
@@ -41,7 +41,7 @@ def prune_depth(source: Path, folder: Path, keep: str) -> None:
     """Copy `source` with only the layers that `keep` names, such as 0-4,25-29, in rising order."""
     _refuse_existing(folder)
     with torch.device("meta"):
-        check_hf_weights(Decoder(read_config(source), "sdpa"), source)
+        check_hf_weights(Decoder(read_config(source), PLAIN), source)
     layers = _parse_layers(keep, read_config(source).num_layers)
     new_index = {old: new for new, old in enumerate(layers)}
     tensors = {}

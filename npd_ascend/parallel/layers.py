@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from npd_ascend.model.decoder import Norm
 from npd_ascend.parallel.mesh import Mesh, gather_rows, reduce_scatter_rows, sum_over
 
 
@@ -83,11 +84,11 @@ class VocabularyEmbedding(nn.Module):
         return _Reduce.apply(part_TD.masked_fill(elsewhere_T[:, None], 0.0), self._mesh)
 
 
-class OutputNorm(nn.RMSNorm):
+class OutputNorm(Norm):
     """The last norm, followed by f: every rank multiplies all tokens with its rows of the head."""
 
-    def __init__(self, weight_D: nn.Parameter, eps: float | None, mesh: Mesh):
-        super().__init__(len(weight_D), eps, device="meta")
+    def __init__(self, weight_D: nn.Parameter, eps: float | None, impl: str, mesh: Mesh):
+        super().__init__(len(weight_D), eps, impl)
         self.weight, self._mesh = weight_D, mesh
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:

@@ -149,5 +149,5 @@ def _cut_module(name: str, module: Any, pieces: dict[str, list[Piece]], mesh: Me
     if style == "row":
         return RowLinear(part("weight"), part("bias"), mesh)
     if name == "norm":
-        return OutputNorm(part("weight"), module.eps, mesh)
+        return OutputNorm(part("weight"), module.eps, module.impl, mesh)
     return module

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, open_device
@@ -10,7 +11,7 @@ from npd_ascend.filters import decide, free_reasons
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.families import read_config
-from npd_ascend.model.load import load_decoder
+from npd_ascend.model.load import choose_kernels, load_decoder
 from npd_ascend.progress import progress
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Rollout, Score
@@ -138,22 +139,18 @@ def score_rollouts(
 
 
 def load_teacher(config: Config) -> Decoder:
-    return load_decoder(
-        config.teacher.path,
-        dtype=DTYPES[config.teacher.dtype],
-        device=open_device(config.device.kind, config.device.threads),
-        attention_impl=config.kernels.attention,
-    )
+    return _load(config, config.teacher.path, config.teacher.dtype)
 
 
 def _load_generator(run: RunFolder, version: int) -> Decoder:
     """In the numbers that generated."""
-    return load_decoder(
-        run.generator(version),
-        dtype=DTYPES[run.config.rollout.dtype],
-        device=open_device(run.config.device.kind, run.config.device.threads),
-        attention_impl=run.config.kernels.attention,
-    )
+    return _load(run.config, run.generator(version), run.config.rollout.dtype)
+
+
+def _load(config: Config, folder: Path, dtype: str) -> Decoder:
+    device = open_device(config.device.kind, config.device.threads)
+    kernels = choose_kernels(config.kernels, device)
+    return load_decoder(folder, dtype=DTYPES[dtype], device=device, kernels=kernels)
 
 
 def shared_vocab_size(config: Config) -> int:

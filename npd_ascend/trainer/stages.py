@@ -13,7 +13,7 @@ from npd_ascend.device import DTYPES, open_device
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
-from npd_ascend.model.load import load_decoder, random_decoder
+from npd_ascend.model.load import choose_kernels, load_decoder
 from npd_ascend.parallel.mesh import ALONE, Mesh, open_mesh
 from npd_ascend.parallel.plan import cut_model
 from npd_ascend.prompts import max_prompt_tokens, read_prompts
@@ -50,11 +50,13 @@ def start_student(config: Config, mesh: Mesh = ALONE) -> Decoder:
 
 def _student(config: Config, weights: Path | None, mesh: Mesh) -> Decoder:
     """This rank's part of the student with the weights of a folder, or fresh ones from the run's seed."""
-    fresh = partial(random_decoder, config.student.path, seed=config.run.seed)
-    return (partial(load_decoder, weights) if weights else fresh)(
+    device = open_device(config.device.kind, config.device.threads)
+    return load_decoder(
+        weights or config.student.path,
+        seed=None if weights else config.run.seed,
         dtype=DTYPES[config.student.dtype],
-        device=open_device(config.device.kind, config.device.threads),
-        attention_impl=config.kernels.attention,
+        device=device,
+        kernels=choose_kernels(config.kernels, device),
         recompute=config.parallel.recompute,
         cut=partial(cut_model, mesh=mesh),
     )

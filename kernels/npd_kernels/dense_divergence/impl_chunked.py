@@ -22,8 +22,11 @@ class Pair:
         self._teacher_CU = _log_softmax(teacher_CU.float(), shard)
         self._mixture_CU = self._mixture()
         nothing_C = torch.zeros(len(logits_CV), device=logits_CV.device)
-        teacher_C = _expected(self._teacher_CU, self._mixture_CU) if beta < 1 else nothing_C
-        student_C = _expected(self._student_CU, self._mixture_CU) if beta > 0 else nothing_C
+        # probabilities, for the gradient too
+        self._of_teacher_CU = self._teacher_CU.exp() if beta < 1 else None
+        self._of_student_CU = self._student_CU.exp() if beta > 0 else None
+        teacher_C = self._expected(self._of_teacher_CU, self._teacher_CU) if beta < 1 else nothing_C
+        student_C = self._expected(self._of_student_CU, self._student_CU) if beta > 0 else nothing_C
         teacher_C, student_C = shard.sum(torch.stack([teacher_C, student_C]))
         self._student_kl_C1 = student_C[:, None]
         self.loss_C = teacher_C + student_C if beta in (0, 1) else beta * teacher_C + (1 - beta) * student_C
@@ -37,12 +40,16 @@ class Pair:
         weighted_CU = self._student_CU + math.log(1 - self._beta)
         return torch.logaddexp(self._teacher_CU + math.log(self._beta), weighted_CU, out=weighted_CU)
 
+    def _expected(self, p_CU, log_p_CU):
+        """sum of p (log p - log m) over the rows at hand."""
+        return (log_p_CU - self._mixture_CU).mul_(p_CU).sum(-1)
+
     def gradient(self, scale_C):
         if self._beta == 0:
-            d_student_CU = self._student_CU.exp().sub_(self._teacher_CU.exp_())
+            d_student_CU = self._student_CU.exp_().sub_(self._of_teacher_CU)
         else:
             ratio_CU = (self._student_CU - self._mixture_CU).sub_(self._student_kl_C1)
-            d_student_CU = ratio_CU.mul_(self._student_CU.exp_()).mul_(1 if self._beta == 1 else 1 - self._beta)
+            d_student_CU = ratio_CU.mul_(self._of_student_CU).mul_(1 if self._beta == 1 else 1 - self._beta)
         rows = d_student_CU.shape[1]
         self._logits_CV[:, :rows] = d_student_CU.mul_(scale_C[:, None])
         self._logits_CV[:, rows:] = 0
@@ -55,11 +62,6 @@ def _log_softmax(z_CU: torch.Tensor, shard) -> torch.Tensor:
     rest_C1 = z_CU.sub_(top_C1).exp().sum(-1, keepdim=True).log_()
     whole_top_C1, rest_C1 = shard.logsumexp(top_C1, rest_C1)
     return z_CU.sub_(whole_top_C1 - top_C1).sub_(rest_C1)
-
-
-def _expected(p_CU: torch.Tensor, q_CU: torch.Tensor) -> torch.Tensor:
-    """sum of p (log p - log q) over the rows at hand."""
-    return (p_CU - q_CU).mul_(p_CU.exp()).sum(-1)
 
 
 dense_divergence = partial(streamed.dense_divergence, Pair)

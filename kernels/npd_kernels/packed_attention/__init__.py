@@ -9,12 +9,13 @@ from types import ModuleType
 
 import torch
 
-from . import impl_sdpa, impl_triton, reference
+from . import impl_npu, impl_sdpa, impl_triton, reference
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "sdpa": impl_sdpa,
     "triton": impl_triton,
+    "npu": impl_npu,
 }
 
 
