@@ -40,8 +40,8 @@ class Pack:
         return 7 * 2 * self.q.shape[1] * self.q.shape[2] * sum(n * (n + 1) / 2 for n in self.lengths)
 
 
-def make_pack(lengths: list[int], device: torch.device, dtype: torch.dtype) -> Pack:
-    torch.manual_seed(0)
+def make_pack(lengths: list[int], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Pack:
+    torch.manual_seed(seed)
     tokens = sum(lengths)
     q, k, v, upstream = (torch.randn(tokens, n, 128).to(device, dtype) for n in (12, 6, 6, 12))
     return Pack(lengths, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream)
@@ -136,8 +136,10 @@ class Heads:
         return torch.ones(len(self.hidden), device=self.hidden.device)
 
 
-def make_heads(tokens: int, vocabulary: int, device: torch.device, dtype: torch.dtype, hidden: int = 1536) -> Heads:
-    torch.manual_seed(0)
+def make_heads(
+    tokens: int, vocabulary: int, device: torch.device, dtype: torch.dtype, hidden: int = 1536, seed: int = 0
+) -> Heads:
+    torch.manual_seed(seed)
     student, teacher = (torch.randn(tokens, hidden).to(device, dtype) for _ in range(2))
     heads = ((torch.randn(vocabulary, hidden) / math.sqrt(hidden)).to(device, dtype) for _ in range(2))
     ids, weights = torch.randint(vocabulary, (tokens, 11)), torch.rand(tokens, 11).softmax(-1)

@@ -1,6 +1,6 @@
 """Two ranks on two cores against one process with both, and against a plain transformers loop on padded batches.
 
-    python benchmarks/parallel.py [--rounds N] [--layers N] [--packs N] [CONTESTANT ...]
+    python benchmarks/parallel.py [--rounds N] [--layers N] [--packs N] [--padded-batch N] [CONTESTANT ...]
 
 Model: the proportions of openPangu-Embedded-1B at a tenth of its size (random weights, float32). A step is two packs
 of 2,048 tokens with GSM8K-like lengths. Each contestant runs beside `one`, each alive in its own processes and taking
@@ -10,7 +10,7 @@ steps in turn, so that both see the same machine; the best step of each counts:
     tp2     2 ranks x 1 thread, every layer cut
     tp2sp   the same with sequence parallelism
     dp2     2 ranks x 1 thread, one pack each, optimizer state cut
-    padded  transformers' LlamaForCausalLM and torch's AdamW, 2 threads, batches of 16 samples padded to the longest
+    padded  transformers' LlamaForCausalLM and torch's AdamW, 2 threads, batches of samples padded to the longest
 
 `padded` trains plain cross-entropy, which is less work than the others' top-10 targets. Prints one JSON object a
 contestant: tokens/s (padding does not count), the ratio to `one`, the share of the step in collectives when nothing
@@ -59,7 +59,7 @@ TENTH_OF_PANGU_1B = {
     "attention_bias": True,
     "tie_word_embeddings": True,
 }
-PACK_TOKENS, PADDED_BATCH = 2048, 16
+PACK_TOKENS = 2048
 CONTESTANTS = {  # name -> (tp, dp, sequence parallel, threads per process)
     "one": (1, 1, False, 2),
     "tp2": (2, 1, False, 1),
@@ -75,22 +75,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--packs", type=int, default=2)
+    parser.add_argument("--padded-batch", type=int, default=16, help="samples in a batch of `padded`")
     parser.add_argument("contestants", nargs="*", default=list(CONTESTANTS)[1:])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(TENTH_OF_PANGU_1B | {"num_hidden_layers": args.layers}))
         for contestant in args.contestants:
-            row = _against_one(contestant, folder, args.packs, args.rounds)
+            row = _against_one(contestant, folder, args)
             print(json.dumps({"contestant": contestant, "torch": torch.__version__} | row), flush=True)
 
 
-def _against_one(contestant: str, folder: Path, num_packs: int, rounds: int) -> dict:
-    teams = [_Team("one", folder, num_packs), _Team(contestant, folder, num_packs)]
+def _against_one(contestant: str, folder: Path, args: argparse.Namespace) -> dict:
+    teams = [_Team("one", folder, args), _Team(contestant, folder, args)]
     for team in teams:
         team.step()  # the first touch of memory does not count
-    seconds = [min(times) for times in zip(*([team.step() for team in teams] for _ in range(rounds)), strict=True)]
-    tokens = sum(len(sample.token_ids) for pack in packs_of(num_packs) for sample in pack)
+    seconds = [min(times) for times in zip(*([team.step() for team in teams] for _ in range(args.rounds)), strict=True)]
+    tokens = sum(len(sample.token_ids) for pack in packs_of(args.packs) for sample in pack)
     one, other = (team.close() for team in teams)
     return {
         "tokens_per_s": round(tokens / seconds[1]),
@@ -104,13 +105,13 @@ def _against_one(contestant: str, folder: Path, num_packs: int, rounds: int) -> 
 class _Team:
     """The processes of one contestant; all wait while it is not their turn."""
 
-    def __init__(self, name: str, folder: Path, num_packs: int):
+    def __init__(self, name: str, folder: Path, args: argparse.Namespace):
         tp, dp, *_ = CONTESTANTS[name]
         context = mp.get_context("spawn")
         self._pipes, self._processes = [], []
         for rank in range(tp * dp):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(name, rank, folder, num_packs, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(name, rank, folder, args, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -134,7 +135,7 @@ class _Team:
         return {"collectives_share": round(collectives, 3), "peak_gb": round(peak / 2**20, 2)}
 
 
-def _serve(name: str, rank: int, folder: Path, num_packs: int, pipe) -> None:
+def _serve(name: str, rank: int, folder: Path, args: argparse.Namespace, pipe) -> None:
     tp, dp, sequence_parallel, threads = CONTESTANTS[name]
     torch.set_num_threads(threads)
     mesh = ALONE
@@ -142,7 +143,7 @@ def _serve(name: str, rank: int, folder: Path, num_packs: int, pipe) -> None:
         store = f"file://{folder}/{name}.store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=tp * dp, timeout=TIMEOUT)
         mesh = make_mesh(tp, dp, rank, sequence_parallel=sequence_parallel, timeout=TIMEOUT)
-    step = _padded_step(folder, num_packs, PADDED_BATCH) if name == "padded" else _our_step(folder, num_packs, mesh)
+    step = _padded_step(folder, args) if name == "padded" else _our_step(folder, args.packs, mesh)
     while (what := pipe.recv()) != "end":
         if what == "step":
             mesh.barrier()
@@ -173,16 +174,16 @@ def _our_step(folder: Path, num_packs: int, mesh):
     return lambda: train_step(model, batches, optimizer, objective, weight_sum=total, lr=1e-5, mesh=mesh)
 
 
-def _padded_step(folder: Path, num_packs: int, batch_size: int):
+def _padded_step(folder: Path, args: argparse.Namespace):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    samples = [sample for pack in packs_of(num_packs) for sample in pack]
+    samples = [sample for pack in packs_of(args.packs) for sample in pack]
     answers = sum(len(sample.token_ids) - sample.prompt_len for sample in samples)
     batches = []
-    for at in range(0, len(samples), batch_size):
-        rows = [torch.tensor(sample.token_ids) for sample in samples[at : at + batch_size]]
+    for at in range(0, len(samples), args.padded_batch):
+        rows = [torch.tensor(sample.token_ids) for sample in samples[at : at + args.padded_batch]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
         for row, sample in zip(labels, samples[at:], strict=False):

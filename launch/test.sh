@@ -14,4 +14,6 @@ if [ $# = 0 ]; then
   $bin/python -m pytest --confcutdir=tests/cuda tests/cuda
   environment .venv-ascend requirements-ascend-check.txt
   .venv-ascend/bin/python -m pytest --confcutdir=tests/ascend tests/ascend
+  environment .venv-npu-check requirements-npu-check.txt
+  .venv-npu-check/bin/python -m pytest --confcutdir=tests/ascend_wheel tests/ascend_wheel
 fi

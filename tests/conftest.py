@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from npd_ascend.model.load import load_decoder
 from npd_ascend.records import Sample
 
-# triton-ascend, which takes triton's place, and Triton's compiler instead of its interpreter: launch/test.sh runs them
-collect_ignore = ["ascend", "cuda"]
+# launch/test.sh runs them: they need triton-ascend in triton's place, torch-npu, or Triton's compiler
+collect_ignore = ["ascend", "ascend_wheel", "cuda"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 SLOW = os.environ.get("NPD_SLOW") == "1"
 torch.set_num_threads(2)

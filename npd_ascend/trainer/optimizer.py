@@ -1,9 +1,11 @@
 """AdamW on float32 master weights, its state cut over the data-parallel ranks (ZeRO stage 1, arXiv 1910.02054).
 
-A rank keeps masters and moments of the rows whose gradient sums it gets (trainer/gradients.py), updates them, and
-the ranks gather the new weights. torch's own ways do not fit: ZeroRedundancyOptimizer
-assigns whole parameters (the embedding alone is a fifth of openPangu-1B) and has no masters; FSDP2 gathers weights in
-every forward.
+A rank keeps masters and moments of the rows whose gradient sums it gets (trainer/gradients.py), updates them, and the
+ranks gather the new weights. torch's own ways do not fit: ZeroRedundancyOptimizer assigns whole parameters (the
+embedding alone is a fifth of openPangu-1B) and has no masters; FSDP2 gathers weights in every forward.
+
+The update itself is torch's fused AdamW, on an NPU too: torch_npu brings its own kernel for it, so its NpuFusedAdamW,
+which moves parameters into buffers of its own, is not needed.
 """
 
 from collections.abc import Iterator

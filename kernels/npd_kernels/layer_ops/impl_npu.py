@@ -30,13 +30,19 @@ def rotary_tables(angle_TH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Ten
 def rotate(x_TNH: torch.Tensor, cos_1T1H: torch.Tensor, sin_1T1H: torch.Tensor) -> torch.Tensor:
     import torch_npu
 
-    check_rotary(x_TNH)
+    check_rotary(x_TNH, cos_1T1H, sin_1T1H)
     return torch_npu.npu_rotary_mul(x_TNH[None], cos_1T1H, sin_1T1H, "half")[0]
 
 
-def check_rotary(x_TNH: torch.Tensor) -> None:
-    """ValueError for a shape that npu_rotary_mul does not take."""
-    _, heads, head_size = x_TNH.shape
+def check_rotary(x_TNH: torch.Tensor, *tables: torch.Tensor) -> None:
+    """ValueError for what npu_rotary_mul would take and should not."""
+    tokens, heads, head_size = x_TNH.shape
+    for table in tables:
+        if table.shape != (1, tokens, 1, head_size) or table.dtype != x_TNH.dtype:
+            raise ValueError(
+                f"a rotary table is {table.dtype} {tuple(table.shape)}; want {x_TNH.dtype} "
+                f"{(1, tokens, 1, head_size)}, as rotary_tables makes it"
+            )
     if head_size % 2 or head_size > _ROTARY_HEAD_SIZE:
         raise ValueError(
             f"npu_rotary_mul takes even head sizes up to {_ROTARY_HEAD_SIZE}; got {head_size}. Use kernels.layer: torch"

@@ -7,7 +7,7 @@ Dimensions: T tokens, N query heads, G key/value heads, H head size.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -38,7 +38,7 @@ def packed_attention(q_TNH, k_TGH, v_TGH, cu_seqlens: Sequence[int], scale: floa
         v_TGH,
         q_TNH.shape[1],
         "TND",
-        atten_mask=_causal_mask(q_TNH.device),
+        atten_mask=causal_mask(q_TNH.device),
         scale=scale,
         keep_prob=1.0,
         sparse_mode=3,  # rightDownCausal: with equal query and key lengths the plain causal mask of each sample
@@ -72,7 +72,8 @@ def check(q_TNH, k_TGH, v_TGH, cu_seqlens: Sequence[int]) -> None:
         )
 
 
-@lru_cache(maxsize=1)
-def _causal_mask(device: torch.device) -> torch.Tensor:
+@cache
+@torch.inference_mode(False)  # scoring may come first, and training could not keep its tensor for the backward
+def causal_mask(device: torch.device) -> torch.Tensor:
     """bool [2048, 2048], true where masked: above the diagonal."""
     return torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.bool, device=device).triu_(1)

@@ -1,0 +1,42 @@
+"""Every torch_npu call in the source against the schemas that the wheel was compiled with."""
+
+from pathlib import Path
+
+import pytest
+from calls import complaints, operator_calls
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = [path for root in ("npd_ascend", "kernels") for path in sorted((ROOT / root).rglob("*.py"))]
+
+
+def test_every_call_fits_its_schema():
+    for path in FILES:
+        assert complaints(path.read_text()) == [], path
+    called = {name for path in FILES for name, _ in operator_calls(path.read_text())}
+    assert called == {"npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("torch_npu.npu_fused_attention(q, k, v)", "no operator npu_fused_attention"),
+        ("torch.ops.npu.npu_swish_glu(x)", "no operator npu_swish_glu"),
+        ("torch_npu.npu_rms_norm(x, weight, eps=1e-6)", "has no argument eps"),
+        ("torch_npu.npu_rms_norm(self=x, gamma=weight)", "has no argument self"),
+        ("torch_npu.npu_fusion_attention(q, k, v, 8, 'TND', attn_mask=mask)", "has no argument attn_mask"),
+        ("torch_npu.npu_fusion_attention(q, k, v, input_layout='TND')", "needs head_num"),
+        ("torch_npu.npu_swiglu(x, -1, True)", "takes 2 positional arguments, got 3"),
+        ("torch_npu.npu_swiglu(x, -1, dim=-1)", "gets dim twice"),
+        ("torch_npu.npu_swiglu(x, **how)", "must be written out"),
+        ("from torch_npu import npu_swiglu", "write `import torch_npu`"),
+        ("import torch_npu as fused", "write `import torch_npu`"),
+    ],
+)
+def test_planted_mistakes_are_found(mistake, said):
+    (complaint,) = complaints(mistake)
+    assert said in complaint
+
+
+def test_right_calls_are_not_found():
+    assert complaints("torch_npu.npu_rms_norm(x, weight, epsilon=1e-6)") == []
+    assert complaints("torch.ops.npu.npu_swiglu.default(x, dim=-1)") == []
