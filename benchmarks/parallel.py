@@ -113,6 +113,7 @@ class _Team:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(name, rank, folder, args, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that a process that died ends the wait for it
             self._pipes.append(ours)
             self._processes.append(process)
         self._ask("ready")
