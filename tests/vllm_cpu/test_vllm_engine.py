@@ -47,7 +47,7 @@ def make_folder(family, folder, seed):
         "rope_theta": config.pop("rope_parameters")["rope_theta"],
     }
     (folder / "config.json").write_text(json.dumps(config))
-    ours = load_decoder(folder, dtype=torch.float32, device=torch.device("cpu"), attention_impl="sdpa")
+    ours = load_decoder(folder, dtype=torch.float32, device=torch.device("cpu"))
     exported = folder.with_name(folder.name + "-exported")
     export(exported, ours, folder)
     return model, exported
