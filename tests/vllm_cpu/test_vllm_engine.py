@@ -212,7 +212,7 @@ def test_a_request_beyond_the_promised_length_is_no_shorter_answer(loaded):
 
 
 def test_bfloat16_runs_on_a_tiny_model(tmp_path):
-    """A single short prompt first: without AMX permission the process dies there."""
+    """A single short prompt first: on a CPU with AMX the process dies there unless it asked for the tiles."""
     model, folder = make_folder("llama", tmp_path / "a", 0)
     engine = make_engine(2, torch.bfloat16)
     engine.load_weights(folder)
