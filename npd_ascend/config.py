@@ -59,11 +59,19 @@ class StudentConfig(_Section):
 
 
 class TeacherConfig(_Section):
-    path: Path
+    path: Path  # with engine=served: config.json and tokenizer of what the server serves; weights are not read
+    engine: Literal["local", "served"] = "local"  # served: a vLLM server that runs already
+    url: str | None = Field(None, pattern=r"^https?://[^/]+/?$")  # of that server, for example http://127.0.0.1:8000
     dtype: Literal["float32", "bfloat16"] = "float32"
     top_k: int = Field(10, ge=1, le=64)
     alone_context: Literal["assistant_header", "bos"] = "assistant_header"  # what s(y) is conditioned on
     pack_tokens: int = Field(4096, ge=1)  # tokens per prefill
+
+    @model_validator(mode="after")
+    def _served_has_url(self):
+        if (self.engine == "served") != (self.url is not None):
+            raise ValueError(f"engine={self.engine} and url={self.url} do not fit; served needs a url, local has none")
+        return self
 
 
 class JsonlSource(_Section):

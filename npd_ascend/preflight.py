@@ -42,7 +42,8 @@ def check_run(config: Config) -> str:
     if config.teacher:
         lines.append(f"teacher  {_millions(read_config(config.teacher.path))}, {config.teacher.path}")
         _check_vocabularies(config, tokenizer)
-        _check_weights(config.teacher.path)
+        if config.teacher.engine == "local":
+            _check_weights(config.teacher.path)
     heldout = read_heldout(config, tokenizer, config.evaluate.max_new_tokens)
     if config.sft:
         gold = gold_samples(config, tokenizer)

@@ -49,6 +49,8 @@ def test_overrides_are_typed():
         ("sft=null", "student.init=random without sft"),
         ("filters.max_tokens=99999", "lower the first or raise the second"),
         ("rollout.dtype=fp8", "rollout.dtype: Input should be"),
+        ("teacher.engine=served", "served needs a url"),
+        ("teacher.url=http://127.0.0.1:8000", "local has none"),
         ("rollout.engine=vlm", "rollout.engine: Input should be 'hf' or 'vllm'"),
         ("rollout={engine: vllm, temperature: 0.001, max_new_tokens: 6}", "which would take 0.01"),
     ],

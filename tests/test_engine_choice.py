@@ -1,4 +1,4 @@
-"""rollout.engine: what is chosen, and what is said where vLLM is missing."""
+"""rollout.engine and teacher.engine: what is chosen, and what is said where vLLM or its server is missing."""
 
 import pytest
 from conftest import CONFIGS
@@ -41,3 +41,11 @@ def test_a_broken_vllm_is_no_traceback(tmp_path, monkeypatch, capsys):
     settings = [*pretrained, f"run.folder={tmp_path / 'run'}", "rollout.engine=vllm"]
     assert main(["rollout", "--config", CONFIG, *settings]) == 2
     assert "vllm cannot be imported (libtorch.so: no such file)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_teacher_that_is_not_served_is_told(tmp_path, capsys):
+    settings = [f"run.folder={tmp_path / 'run'}", "teacher.engine=served", "teacher.url=http://127.0.0.1:9"]
+    assert main(["run", "--dry-run", "--config", CONFIG, *settings]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "teacher.url=http://127.0.0.1:9: no vLLM server answers" in said
+    assert "teacher.engine: local" in said

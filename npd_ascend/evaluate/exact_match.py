@@ -46,7 +46,7 @@ def models(run: RunFolder) -> list[str]:
     sft_done = (0 in run.weights.versions()) if config.npd else run.student.exists()
     names += ["sft"] if config.sft and sft_done else []
     names += ["npd"] if config.npd and run.student.exists() else []
-    names += ["teacher"] if config.teacher else []
+    names += ["teacher"] if config.teacher and config.teacher.engine == "local" else []
     return names
 
 

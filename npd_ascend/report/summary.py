@@ -107,7 +107,8 @@ def terminal_table(config: Config, summary: dict) -> str:
 
 def expected_models(config: Config) -> list[str]:
     """Those that this run has when it is complete."""
-    there = {"start": True, "sft": config.sft, "npd": config.npd, "teacher": config.teacher}
+    there = {"start": True, "sft": config.sft, "npd": config.npd}
+    there["teacher"] = config.teacher and config.teacher.engine == "local"  # a served one only reads
     return [name for name in MODELS if there[name]]
 
 

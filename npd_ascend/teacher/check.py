@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from npd_ascend.errors import UserError
-from npd_ascend.model.decoder import Decoder
 from npd_ascend.records import Prompt, Score
-from npd_ascend.teacher.local import score_answers
+from npd_ascend.teacher.scorer import Scorer
 from npd_ascend.tokenizer import ChatTokenizer
 
 # A model that knows nothing is at ln V nats; a useful one is far below.
@@ -18,7 +17,7 @@ SELF_TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 def check_teacher(
-    model: Decoder,
+    scorer: Scorer,
     prompts: Sequence[Prompt],
     tokenizer: ChatTokenizer,
     *,
@@ -37,8 +36,8 @@ def check_teacher(
     ][:64]
     if not rows:
         return "teacher: no reference answers to check it on; its entropy on rollouts is checked instead"
-    together = score_answers(model, rows, top_k=1, vocab_size=vocab_size, pack_tokens=pack_tokens)
-    alone = score_answers(model, rows[:8], top_k=1, vocab_size=vocab_size, pack_tokens=1)
+    together = scorer.score(rows, top_k=1, pack_tokens=pack_tokens)
+    alone = scorer.score(rows[:8], top_k=1, pack_tokens=1)
     gap = max(float(np.abs(a.logprob_A - b.logprob_A).max()) for a, b in zip(alone, together, strict=False))
     if not gap <= SELF_TOLERANCE_NATS[dtype]:
         raise UserError(

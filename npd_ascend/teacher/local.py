@@ -11,22 +11,19 @@ import torch
 
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import lay_out, pack_samples
+from npd_ascend.teacher.scorer import AnswerScore
 from npd_kernels.streaming import chunks
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerScore:
-    """What one prefill says about one answer; nats, full vocabulary."""
+class LocalScorer:
+    """A model in this process. vocab_size: rows of its head that stand for tokens."""
 
-    logprob_A: np.ndarray  # float32, of the given tokens
-    topk_ids_AK: np.ndarray  # int32
-    topk_logprobs_AK: np.ndarray  # float32, falling
-    entropy_A: np.ndarray  # float32
+    model: Decoder
+    vocab_size: int
 
-    @property
-    def loss(self) -> float:
-        """Mean token loss of the answer."""
-        return -float(self.logprob_A.mean(dtype=np.float64))
+    def score(self, rows: Sequence[tuple[Sequence[int], int]], *, top_k: int, pack_tokens: int) -> list[AnswerScore]:
+        return score_answers(self.model, rows, top_k=top_k, vocab_size=self.vocab_size, pack_tokens=pack_tokens)
 
 
 @torch.inference_mode()

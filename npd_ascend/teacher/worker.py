@@ -17,7 +17,9 @@ from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Rollout, Score
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.teacher.check import check_scores, check_teacher
-from npd_ascend.teacher.local import score_answers
+from npd_ascend.teacher.local import LocalScorer
+from npd_ascend.teacher.scorer import Scorer
+from npd_ascend.teacher.served import open_served
 from npd_ascend.tokenizer import ChatTokenizer
 
 
@@ -61,8 +63,8 @@ def _score_shards(
     metrics: MetricsLog,
 ) -> None:
     teacher_config, name = run.config.teacher, str(run.config.teacher.path)
-    teacher, student = load_teacher(run.config), _load_generator(run, version)
     vocab_size = shared_vocab_size(run.config)
+    teacher, student = load_teacher(run.config), _load_generator(run, version)
     heldout = read_heldout(run.config, tokenizer, 0)
     check_teacher(
         teacher,
@@ -85,7 +87,6 @@ def _score_shards(
                 passing,
                 context,
                 top_k=min(teacher_config.top_k, vocab_size),
-                vocab_size=vocab_size,
                 pack_tokens=teacher_config.pack_tokens,
             )
             if scores:
@@ -98,13 +99,12 @@ def _score_shards(
 
 
 def score_rollouts(
-    teacher: Decoder,
-    student: Decoder,
+    teacher: Scorer,
+    student: Scorer,
     rollouts: Sequence[Rollout],
     context: tuple[int, ...],
     *,
     top_k: int,
-    vocab_size: int,
     pack_tokens: int,
 ) -> list[Score]:
     """Three prefills: teacher with the prompt, teacher and student with `context` in the prompt's place."""
@@ -112,13 +112,9 @@ def score_rollouts(
         return []
     given = [(rollout.token_ids, rollout.prompt_len) for rollout in rollouts]
     alone = [(context + rollout.token_ids[rollout.prompt_len :], len(context)) for rollout in rollouts]
-    packing = {"vocab_size": vocab_size, "pack_tokens": pack_tokens}
-    teacher_given = score_answers(teacher, given, top_k=top_k, **packing)
-    teacher_alone = score_answers(teacher, alone, top_k=1, **packing)
-    # the generator's own softmax has its whole vocabulary, like the log-probs that came with the rollouts
-    student_alone = score_answers(
-        student, alone, top_k=1, vocab_size=student.config.vocab_size, pack_tokens=pack_tokens
-    )
+    teacher_given = teacher.score(given, top_k=top_k, pack_tokens=pack_tokens)
+    teacher_alone = teacher.score(alone, top_k=1, pack_tokens=pack_tokens)
+    student_alone = student.score(alone, top_k=1, pack_tokens=pack_tokens)
     return [
         Score(
             sample_id=rollout.sample_id,
@@ -138,13 +134,17 @@ def score_rollouts(
     ]
 
 
-def load_teacher(config: Config) -> Decoder:
-    return _load(config, config.teacher.path, config.teacher.dtype)
+def load_teacher(config: Config) -> Scorer:
+    """The teacher that teacher.engine names, ready to score over the vocabulary that both models have."""
+    if config.teacher.engine == "served":
+        return open_served(config.teacher, shared_vocab_size(config))
+    return LocalScorer(_load(config, config.teacher.path, config.teacher.dtype), shared_vocab_size(config))
 
 
-def _load_generator(run: RunFolder, version: int) -> Decoder:
-    """In the numbers that generated."""
-    return _load(run.config, run.generator(version), run.config.rollout.dtype)
+def _load_generator(run: RunFolder, version: int) -> Scorer:
+    """In the numbers that generated; over its whole vocabulary, like the log-probs that came with the rollouts."""
+    model = _load(run.config, run.generator(version), run.config.rollout.dtype)
+    return LocalScorer(model, model.config.vocab_size)
 
 
 def _load(config: Config, folder: Path, dtype: str) -> Decoder:
