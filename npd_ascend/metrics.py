@@ -24,6 +24,7 @@ METRICS = {
     "rollout/samples": ("samples", "answers in a shard"),
     "rollout/tokens": ("tokens", "answer tokens in a shard"),
     "rollout/tokens_per_s": ("tokens/s", "answer tokens over wall time"),
+    "rollout/canary": ("nats", "generator's log-probs of fixed tokens against the trainer's, mean difference"),
     "score/samples": ("samples", "rollouts scored in a shard"),
     "score/tokens": ("tokens", "tokens through the teacher's conditional pass of a shard"),
     "score/tokens_per_s": ("tokens/s", "tokens through the teacher's conditional pass over wall time of the shard"),

@@ -16,7 +16,7 @@ from npd_ascend.model.safetensors_stream import write_safetensors
 from npd_kernels import layer_ops, packed_attention, token_loss
 
 # Everything but weights and their index belongs to the model and travels with it (licence files included).
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.gguf", "version.json")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.gguf", "version.json", "canary.json")
 
 
 def choose_kernels(config: KernelConfig, device: torch.device) -> Kernels:

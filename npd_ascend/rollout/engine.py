@@ -35,5 +35,11 @@ class Engine(Protocol):
     def load_weights(self, folder: Path) -> None:
         """Take the weights of a Hugging Face folder, whatever was loaded before."""
 
+    def next_logprobs(self, contexts: Sequence[tuple[int, ...]], ids: Sequence[int]) -> np.ndarray:
+        """float32 [len(ids)], nats: log-prob of each id right after its context, by the path that generates.
+
+        Call after load_weights and before generate, so that it sees whatever caches the load has left.
+        """
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order."""

@@ -84,6 +84,16 @@ class HfEngine:
             Completion(tuple(t), np.array(p, np.float32), f) for t, p, f in zip(tokens, logprobs, finish, strict=True)
         ]
 
+    @torch.inference_mode()
+    def next_logprobs(self, contexts: Sequence[tuple[int, ...]], ids: Sequence[int]) -> np.ndarray:
+        ids_BP, mask_BP = self._left_padded(list(contexts))
+        positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
+        logits_BV = self._model(
+            input_ids=ids_BP, attention_mask=mask_BP, position_ids=positions_BP, logits_to_keep=1
+        ).logits[:, -1]
+        next_B1 = torch.tensor(ids, device=self._device)[:, None]
+        return torch.log_softmax(logits_BV.float(), -1).gather(1, next_B1)[:, 0].cpu().numpy()
+
     def _left_padded(self, prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(map(len, prompts))
         ids_BP = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=self._device)

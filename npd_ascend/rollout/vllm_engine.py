@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from npd_ascend.errors import UserError
@@ -43,12 +44,16 @@ class VllmEngine:
         if config != self._config:
             raise UserError(f"{folder}/config.json: another network than the one whose weights it should replace")
         replace_weights(self._llm, folder, tied=config.tie_embeddings)
+        reset_prefix_cache(self._llm)
+
+    def next_logprobs(self, contexts: Sequence[tuple[int, ...]], ids: Sequence[int]) -> np.ndarray:
+        """By sampling where nothing else is allowed: scoring a prompt would pass the cache by."""
+        requests = [Request(context, 1, 0) for context in contexts]
+        done = complete(self._llm, requests, Sampling(1.0), eos_id=self._eos_id, allowed_ids=[[i] for i in ids])
+        return np.concatenate([completion.logprobs for completion in done])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Every call begins with an empty prefix cache.
-
-        So no key of earlier weights is left, and a shard does not depend on the shards before it in this process.
-        """
+        """Every call begins with an empty prefix cache, so a shard does not depend on the shards before it."""
         for request in requests:
             if len(request.token_ids) + request.max_new_tokens > self._max_model_len:
                 raise ValueError(  # vLLM would end the answer there and call it its length
@@ -57,5 +62,6 @@ class VllmEngine:
                 )
         reset_prefix_cache(self._llm)
         padded = self._vocab_size < self._config.vocab_size
-        allowed_ids = list(range(self._vocab_size)) if padded else None
+        tokens = list(range(self._vocab_size)) if padded else None
+        allowed_ids = [tokens] * len(requests)
         return complete(self._llm, requests, sampling, eos_id=self._eos_id, allowed_ids=allowed_ids)

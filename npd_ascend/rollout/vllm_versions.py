@@ -96,9 +96,9 @@ def reset_prefix_cache(llm: Any) -> None:
 
 
 def complete(
-    llm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_id: int, allowed_ids: list[int] | None
+    llm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_id: int, allowed_ids: Sequence[list[int] | None]
 ) -> list[Completion]:
-    """One completion per request, in order. allowed_ids: what may be sampled; None: the model's whole vocabulary."""
+    """One completion per request, in order. allowed_ids: what each may sample; None: the model's whole vocabulary."""
     from vllm import SamplingParams
 
     parameters = [
@@ -109,11 +109,11 @@ def complete(
             max_tokens=request.max_new_tokens,
             stop_token_ids=[eos_id],
             ignore_eos=True,  # config.json may name another end than the tokenizer does
-            allowed_token_ids=allowed_ids,
+            allowed_token_ids=allowed,
             logprobs=0,  # of the sampled token alone
             detokenize=False,
         )
-        for request in requests
+        for request, allowed in zip(requests, allowed_ids, strict=True)
     ]
     prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
     outputs = [result.outputs[0] for result in llm.generate(prompts, parameters, use_tqdm=False)]

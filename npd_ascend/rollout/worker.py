@@ -15,6 +15,10 @@ from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.weights.canary import compare, read_probes
+
+# Mean difference of log-probs that rounding explains; other weights of the smallest models differ by 0.1 and more.
+CANARY_NATS = {"float32": 2e-3, "bfloat16": 0.1}
 
 
 def run_rollouts(run: RunFolder, version: int) -> None:
@@ -29,8 +33,12 @@ def run_rollouts(run: RunFolder, version: int) -> None:
         return
     longest = max(len(prompt.token_ids) for shard in shards for prompt, _ in shard)
     engine = open_engine(config, tokenizer, longest)
-    engine.load_weights(run.generator(version))
     metrics = MetricsLog(run.path, f"rollout-v{version}")
+    engine.load_weights(run.generator(version))
+    if probes := read_probes(run.generator(version)):
+        found = engine.next_logprobs([probe.context for probe in probes], [probe.next_id for probe in probes])
+        difference = compare(probes, found, CANARY_NATS[config.rollout.dtype], run.generator(version))
+        metrics.log(0, rollout__canary=difference)
     total = sum(map(len, shards))
     with progress(f"rollout v{version}", total, "samples", total - sum(len(shards[s]) for s in missing)) as bar:
         for shard in missing:

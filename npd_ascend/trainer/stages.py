@@ -16,10 +16,11 @@ from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.load import choose_kernels, load_decoder
 from npd_ascend.parallel.mesh import ALONE, Mesh, open_mesh
 from npd_ascend.parallel.plan import cut_model
-from npd_ascend.prompts import max_prompt_tokens, read_prompts
+from npd_ascend.prompts import max_prompt_tokens, read_heldout, read_prompts
 from npd_ascend.records import Sample
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.canary import make_probes
 from npd_ascend.trainer.heldout import Heldout, make_heldout
 from npd_ascend.trainer.loop import fit
 from npd_ascend.trainer.objectives import Objective
@@ -108,9 +109,16 @@ def _sft(run: RunFolder, mesh: Mesh) -> None:
             metrics=metrics,
         )
     if config.npd:
-        run.weights.publish(0, model, config.student.path, mesh)
+        _publish(run, 0, model, mesh)
     else:
         export(run.student, model, config.student.path, mesh)
+
+
+def _publish(run: RunFolder, version: int, model: Decoder, mesh: Mesh) -> None:
+    config = run.config
+    prompts = read_heldout(config, ChatTokenizer(config.student.path), config.rollout.max_new_tokens)
+    probes = make_probes(model, prompts, config.kernels.loss, mesh)
+    run.weights.publish(version, model, config.student.path, probes, mesh)
 
 
 @contextmanager
@@ -149,7 +157,7 @@ def _distill(run: RunFolder, mesh: Mesh) -> None:
         if phase is plan[-1]:
             export(run.student, model, config.student.path, mesh)
         else:
-            run.weights.publish(phase.version + 1, model, config.student.path, mesh)
+            _publish(run, phase.version + 1, model, mesh)
 
 
 def _train_phase(run: RunFolder, phase: Phase, mesh: Mesh) -> Decoder:

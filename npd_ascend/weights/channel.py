@@ -1,15 +1,20 @@
 """What a weight channel promises: a version is there whole or not at all."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.parallel.mesh import Mesh
+from npd_ascend.weights.canary import Probe
 
 
 class WeightChannel(Protocol):
-    def publish(self, version: int, model: Decoder, source: Path, mesh: Mesh) -> None:
-        """Make `version` visible; called by all ranks. `source`: the folder config and tokenizer are from."""
+    def publish(self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh) -> None:
+        """Make `version` visible; called by all ranks.
+
+        source: the folder config and tokenizer are from. probes: what the trainer says of fixed tokens, see canary.py.
+        """
 
     def fetch(self, version: int) -> Path:
         """A Hugging Face folder with the weights of `version`, its checksum compared."""

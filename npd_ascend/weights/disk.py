@@ -1,6 +1,7 @@
 """Weight versions as Hugging Face folders RUN/weights/v<N>; the rename of the folder is the commit point."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from npd_ascend.durable import commit_folder, sha256
@@ -8,6 +9,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.load import save_decoder
 from npd_ascend.parallel.mesh import ALONE, Mesh
+from npd_ascend.weights.canary import Probe, write_probes
 from npd_ascend.weights.gather import whole_tensors
 
 
@@ -15,11 +17,11 @@ class DiskChannel:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
-    def publish(self, version: int, model: Decoder, source: Path, mesh: Mesh = ALONE) -> None:
+    def publish(self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh = ALONE) -> None:
         """Write v<version>, float32 or bfloat16 as the model is. A version is never written twice."""
         if version in self.versions():
             raise AssertionError(f"version {version} is already published in {self.folder}")
-        export(self.folder / f"v{version}", model, source, mesh, stamp={"version": version})
+        export(self.folder / f"v{version}", model, source, mesh, stamp={"version": version}, probes=probes)
 
     def fetch(self, version: int) -> Path:
         """UserError if the version is not there or its weights differ from their checksum."""
@@ -38,11 +40,19 @@ class DiskChannel:
         return sorted(int(path.name[1:]) for path in self.folder.glob("v*"))
 
 
-def export(folder: Path, model: Decoder, source: Path, mesh: Mesh = ALONE, *, stamp: dict | None = None) -> None:
+def export(
+    folder: Path,
+    model: Decoder,
+    source: Path,
+    mesh: Mesh = ALONE,
+    *,
+    stamp: dict | None = None,
+    probes: Sequence[Probe] = (),
+) -> None:
     """`folder` as a Hugging Face folder, whole or not at all; called by all ranks, written by rank 0.
 
     source: the model folder whose config, tokenizer and licence belong to the weights.
-    stamp: if given, written with the weights' checksum as version.json.
+    stamp: if given, written with the weights' checksum as version.json, and the probes as canary.json.
     """
     if mesh.rank == 0:
         with commit_folder(folder) as draft:
@@ -50,6 +60,7 @@ def export(folder: Path, model: Decoder, source: Path, mesh: Mesh = ALONE, *, st
             if stamp is not None:
                 stamp = stamp | {"sha256": sha256(draft / "model.safetensors")}
                 (draft / "version.json").write_text(json.dumps(stamp) + "\n")
+                write_probes(probes, draft)
     elif mesh.dp_rank == 0:
         for _ in whole_tensors(model, mesh):
             pass

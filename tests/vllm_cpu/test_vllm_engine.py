@@ -18,6 +18,7 @@ from npd_ascend.model.load import load_decoder
 from npd_ascend.rollout import vllm_engine
 from npd_ascend.rollout.engine import Request, Sampling
 from npd_ascend.rollout.vllm_engine import VllmEngine
+from npd_ascend.weights.canary import Probe, compare
 from npd_ascend.weights.disk import export
 
 if find_spec("vllm") is None:
@@ -188,14 +189,36 @@ def test_new_weights_answer_after_a_reload(loaded, request, tmp_path, monkeypatc
     family = request.node.callspec.params["loaded"]
     new_model, new_folder = make_folder(family, tmp_path / "b", 1)
     check_greedy(model, engine, eos_id)
-    engine.load_weights(new_folder)
     with monkeypatch.context() as patch:
         patch.setattr(vllm_engine, "reset_prefix_cache", lambda llm: None)
+        engine.load_weights(new_folder)
         with pytest.raises(AssertionError):  # so the test below can see a stale cache
             check_greedy(new_model, engine, eos_id)
     check_greedy(new_model, engine, eos_id)
     engine.load_weights(folder)
     check_greedy(model, engine, eos_id)
+
+
+def test_a_canary_sees_new_weights_and_a_cache_that_outlived_the_old_ones(loaded, request, tmp_path, monkeypatch):
+    model, folder, engine, eos_id = loaded
+    new_model, new_folder = make_folder(request.node.callspec.params["loaded"], tmp_path / "b", 1)
+    contexts = [LONG[:299], LONG[:150], PROMPTS[0]]
+    ids = [LONG[299], LONG[150], 7]
+    probes = [
+        Probe(context, id_, float(logprobs_of(new_model, context, (id_,))[0]))
+        for context, id_ in zip(contexts, ids, strict=True)
+    ]
+    check_greedy(model, engine, eos_id)  # fills the cache
+    with pytest.raises(UserError, match="the generator does not have these weights"):
+        compare(probes, engine.next_logprobs(contexts, ids), 2e-3, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_engine, "reset_prefix_cache", lambda llm: None)
+        engine.load_weights(new_folder)
+        with pytest.raises(UserError, match="the generator does not have these weights"):
+            compare(probes, engine.next_logprobs(contexts, ids), 2e-3, folder)
+    engine.load_weights(new_folder)
+    assert compare(probes, engine.next_logprobs(contexts, ids), 2e-3, folder) < 1e-4
+    engine.load_weights(folder)
 
 
 def test_another_network_does_not_take_its_place(loaded, tmp_path):

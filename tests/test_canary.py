@@ -1,0 +1,110 @@
+"""Canaries: the trainer's log-probs of fixed tokens, and generators that do and do not have its weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, FAMILIES, make_hf_model
+
+from npd_ascend.__main__ import main
+from npd_ascend.errors import UserError
+from npd_ascend.metrics import read_metrics
+from npd_ascend.model.load import load_decoder
+from npd_ascend.parallel.plan import cut_model
+from npd_ascend.records import Prompt
+from npd_ascend.rollout.hf_engine import HfEngine
+from npd_ascend.trainer.canary import make_probes
+from npd_ascend.weights.canary import Probe, compare, read_probes, write_probes
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    Prompt(prompt_id=f"p{i}", text="", token_ids=tuple(3 + (i * 7 + j) % 50 for j in range(1 + 5 * i)))
+    for i in range(6)
+]
+
+
+def make_folder(folder, family, seed=0, **changes):
+    make_hf_model(family, seed, **changes).save_pretrained(folder)
+    return folder
+
+
+def probes_of(folder):
+    return make_probes(load_decoder(folder, dtype=torch.float32, device=CPU), PROMPTS, "chunked")
+
+
+def probes_on_a_rank(mesh, folder):
+    model = load_decoder(folder, dtype=torch.float32, device=CPU, cut=lambda decoder: cut_model(decoder, mesh))
+    return make_probes(model, PROMPTS, "chunked", mesh)
+
+
+def difference(probes, folder):
+    engine = HfEngine(dtype=torch.float32, device=CPU, eos_id=2, pad_id=0, vocab_size=61)
+    engine.load_weights(folder)
+    found = engine.next_logprobs([probe.context for probe in probes], [probe.next_id for probe in probes])
+    return compare(probes, found, 2e-3, folder)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_same_weights_pass_and_others_do_not(family, tmp_path):
+    folder = make_folder(tmp_path / "a", family)
+    probes = probes_of(folder)
+    assert [len(probe.context) for probe in probes] == [13, 25, 10, 20, 8, 15, 5, 10]
+    assert all(PROMPTS[5].token_ids[len(p.context)] == p.next_id for p in probes[:2])
+    assert difference(probes, folder) < 1e-5
+    with pytest.raises(UserError, match="the generator does not have these weights") as error:
+        difference(probes, make_folder(tmp_path / "b", family, seed=1))
+    assert "\n" not in str(error.value)
+
+
+def test_another_rotary_base_or_a_lost_bias_is_seen(tmp_path):
+    folder = make_folder(tmp_path / "a", "pangu")
+    probes = probes_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    other = make_folder(tmp_path / "b", "pangu")
+    (other / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}})
+    )
+    with pytest.raises(UserError, match="does not have these weights"):
+        difference(probes, other)
+    (other / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
+    with pytest.raises(UserError, match="does not have these weights"):
+        difference(probes, other)
+
+
+@pytest.mark.parametrize("layout", [(2, 1, False), (2, 2, True), (4, 1, True)], ids=str)
+def test_every_layout_says_the_same(ranks, layout, tmp_path):
+    folder = make_folder(tmp_path / "a", "pangu")
+    wanted = probes_of(folder)
+    for probes in ranks.run(probes_on_a_rank, layout, folder):
+        assert [(p.context, p.next_id) for p in probes] == [(p.context, p.next_id) for p in wanted]
+        assert max(abs(p.logprob - q.logprob) for p, q in zip(probes, wanted, strict=True)) < 1e-4
+
+
+def test_no_number_is_no_agreement(tmp_path):
+    with pytest.raises(UserError, match="does not have these weights"):
+        compare([Probe((1, 2), 3, -1.0)], np.array([np.nan], np.float32), 2e-3, tmp_path)
+
+
+def test_probes_are_kept_with_the_weights(tmp_path):
+    assert read_probes(tmp_path) == []
+    probes = [Probe((1, 2), 3, -1.25), Probe((4,), 5, -0.5)]
+    write_probes(probes, tmp_path)
+    assert read_probes(tmp_path) == probes
+
+
+def test_a_generator_with_other_weights_ends_the_run_before_it_generates(tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = ["data.gold.count=40", "data.prompts.count=20", "data.heldout.count=10", "sft.epochs=1"]
+    config = ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={run}", "device.threads=1", *settings]
+    assert main(["sft", *config]) == 0
+    file = run / "weights" / "v0" / "canary.json"
+    published = file.read_text()
+    file.write_text(json.dumps([row | {"logprob": row["logprob"] - 0.5} for row in json.loads(published)]))
+    assert main(["rollout", "--run", str(run)]) == 2
+    assert "its log-probs are 0.5 nats from the trainer's on average" in capsys.readouterr().err
+    assert not (run / "stream" / "manifest.jsonl").exists()
+    file.write_text(published)
+    assert main(["rollout", "--run", str(run)]) == 0
+    (canary,) = [row["rollout/canary"] for row in read_metrics(run) if "rollout/canary" in row]
+    assert canary < 1e-4
