@@ -1,5 +1,6 @@
 """What outlives a step on several ranks: checkpoints of any layout, exports, and how much was said between ranks."""
 
+import time
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from npd_ascend.parallel.plan import cut_model
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.step import train_step
-from npd_ascend.weights.disk import export
+from npd_ascend.weights.disk import DiskChannel, export
 from npd_ascend.weights.gather import whole_tensors
 
 CPU = torch.device("cpu")
@@ -197,3 +198,22 @@ def test_sequence_parallelism_says_as_much_in_halves(ranks, folder):
             "gather": (6 * LAYERS + 2) * hidden_bytes // TP,
             "scatter": (4 * LAYERS + 2) * hidden_bytes,
         }
+
+
+def publish_late(mesh, folder, target):
+    """The last rank comes when rank 0 has published already."""
+    model, _ = open_trainer(mesh, folder)
+    if mesh.rank == mesh.tp * mesh.dp - 1:
+        for _ in range(600):
+            if (target / "v0").exists():
+                break
+            time.sleep(0.05)
+    DiskChannel(target).publish(0, model, folder, [], mesh)
+
+
+@pytest.mark.parametrize("layout", [(1, 2, False), (2, 2, True)], ids=str)
+def test_a_version_is_published_once_and_a_late_rank_is_no_second_time(ranks, folder, layout, tmp_path):
+    ranks.run(publish_late, layout, folder, tmp_path)
+    assert DiskChannel(tmp_path).versions() == [0]
+    with pytest.raises(AssertionError, match="already published"):
+        DiskChannel(tmp_path).publish(0, load_decoder(folder, dtype=torch.float32, device=CPU), folder, [])
