@@ -53,7 +53,7 @@ ATTENTION_TILES: dict[str, dict[tuple[int, int], tuple[Tile, Tile, Tile]]] = {
 }
 # device -> tiles of the row-wise kernels
 ROW_TILES: dict[str, dict[str, Tile]] = {
-    "cpu": {"token_loss": Tile(1, 64), "logsumexp": Tile(1, 64), "divergence": Tile(1, 64)},
+    "cpu": {"token_loss": Tile(1, 128), "logsumexp": Tile(1, 128), "divergence": Tile(1, 128)},
     "npu": {"token_loss": Tile(1, 4096), "logsumexp": Tile(1, 4096), "divergence": Tile(1, 2048)},
     "cuda": {"token_loss": Tile(1, 4096, 8, 2), "logsumexp": Tile(1, 4096, 8, 2), "divergence": Tile(1, 4096, 8, 2)},
 }
