@@ -63,7 +63,7 @@ def start_llm(folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_
             max_model_len=max_model_len,
             kv_cache_memory_bytes=kv_cache_bytes,
             logprobs_mode="raw_logprobs",  # before temperature, top-p and the mask over the vocabulary
-            generation_config="vllm",  # not the model folder's own sampling rule and end tokens
+            generation_config="vllm",  # not the model folder's own sampling rule
             skip_tokenizer_init=True,
             trust_remote_code=False,
             enforce_eager=True,
@@ -108,7 +108,7 @@ def complete(
             seed=request.seed,
             max_tokens=request.max_new_tokens,
             stop_token_ids=[eos_id],
-            ignore_eos=True,  # config.json may name another end than the tokenizer does
+            ignore_eos=True,  # the model folder may name other ends than its tokenizer does
             allowed_token_ids=allowed,
             logprobs=0,  # of the sampled token alone
             detokenize=False,

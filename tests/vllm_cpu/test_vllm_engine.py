@@ -88,16 +88,14 @@ def close(engine):
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "pangu"])
 def loaded(request, tmp_path_factory):
-    """(model, folder, engine, id that ends an answer): an id that PROMPTS[0] comes to, and that config.json does not
-    name; what it names, PROMPTS[1] comes to."""
+    """(model, folder, engine, id that ends an answer). PROMPTS[0] comes to that id; what the folder calls the end is
+    another, with which the answer to PROMPTS[1] begins."""
     model, folder = make_folder(request.param, tmp_path_factory.mktemp("model") / "a", 0)
-    eos_id, other = greedy(model, PROMPTS[0], 6, None)[0][-1], greedy(model, PROMPTS[1], 3, None)[0][-1]
+    eos_id, other = greedy(model, PROMPTS[0], 6, None)[0][-1], greedy(model, PROMPTS[1], 1, None)[0][0]
+    assert eos_id != other
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).exists():
-            content = json.loads((folder / name).read_text())
-            (folder / name).write_text(json.dumps(content | {"eos_token_id": other, "temperature": 0.3}))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "temperature"}))
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"eos_token_id": other}))
     engine = make_engine(eos_id)
     engine.load_weights(folder)
     yield model, folder, engine, eos_id
