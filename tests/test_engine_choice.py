@@ -1,14 +1,19 @@
 """rollout.engine and teacher.engine: what is chosen, and what is said where vLLM or its server is missing."""
 
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
 import pytest
 from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
 from npd_ascend.config import load_config
+from npd_ascend.errors import UserError
 from npd_ascend.rollout import vllm_versions
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.rollout.worker import open_engine
+from npd_ascend.teacher.served import ServedScorer
 from npd_ascend.tokenizer import ChatTokenizer
 
 CONFIG = str(CONFIGS / "addition_cpu.yaml")
@@ -49,3 +54,19 @@ def test_a_teacher_that_is_not_served_is_told(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert "teacher.url=http://127.0.0.1:9: no vLLM server answers" in said
     assert "teacher.engine: local" in said
+
+
+def test_another_server_is_no_teacher():
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "m"}]}')
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(UserError, match="is no vLLM server"):
+            ServedScorer(f"http://127.0.0.1:{server.server_port}", 15)

@@ -27,7 +27,9 @@ class ServedScorer:
     def __init__(self, url: str, vocab_size: int):
         self._url, self._vocab_size = url.rstrip("/"), vocab_size
         self._opener: OpenerDirector = build_opener(ProxyHandler({}))  # the server is near, a proxy is not for it
-        (served,) = self._call("/v1/models")["data"][:1]
+        served = (self._call("/v1/models").get("data") or [{}])[0]
+        if "max_model_len" not in served:
+            raise UserError(f"teacher.url={self._url}: answers, but is no vLLM server; is the port right?")
         self._name, self._max_model_len = served["id"], served["max_model_len"]
 
     def check(self, top_k: int) -> None:
