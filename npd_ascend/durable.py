@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever kills the process that writes them."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -51,12 +52,14 @@ def commit_folder(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line durably. A torn last line, left by a killed writer, is cut off first."""
+    """Append one line durably; several processes may. A torn last line, left by a killed writer, is cut off first."""
     with _disk_full_is_said(path), path.open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        fcntl.lockf(file, fcntl.LOCK_EX)  # ends with the file, and is known on network file systems too
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -33,6 +33,8 @@ class Stream:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.manifest = self.folder / "manifest.jsonl"
+        self._entries: dict[tuple[str, int, int], Entry] = {}
+        self._read_to = 0  # bytes of the manifest that _entries come from
 
     def commit(self, kind: str, version: int, shard: int, records: list) -> None:
         """Write `records` as one shard. The manifest line is the commit point."""
@@ -44,20 +46,31 @@ class Stream:
         )
 
     def entries(self, kind: str, version: int) -> dict[int, Entry]:
-        """Committed shards by number."""
+        """Committed shards of one version by number."""
         return {entry.shard: entry for entry in self.every() if (entry.kind, entry.version) == (kind, version)}
 
+    def shards(self, kind: str) -> dict[int, Entry]:
+        """Committed shards of the schedule with npd.stream, where a number stands for one shard of any version."""
+        return {entry.shard: entry for entry in self.every() if entry.kind == kind}
+
     def every(self) -> list[Entry]:
-        """All committed shards; of a shard that was made again only the last."""
+        """All committed shards; of a shard that was made again only the last. Asking again reads what is new."""
         if not self.manifest.exists():
             return []
-        # a last line without its newline was torn by a kill and never committed
-        lines = self.manifest.read_text().split("\n")[:-1]
+        if self.manifest.stat().st_size < self._read_to:  # somebody removed a line
+            self._entries, self._read_to = {}, 0
+        with self.manifest.open("rb") as file:
+            file.seek(self._read_to)
+            new = file.read()
+        # a last line without its newline is being written, or was torn by a kill and never committed
+        new = new[: new.rfind(b"\n") + 1]
         try:
-            entries = [Entry(**json.loads(line)) for line in lines]
+            entries = [Entry(**json.loads(line)) for line in new.splitlines()]
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(f"{self.manifest}: damaged ({error}); delete {self.folder} to make it again") from None
-        return list({(entry.kind, entry.version, entry.shard): entry for entry in entries}.values())
+        self._entries |= {(entry.kind, entry.version, entry.shard): entry for entry in entries}
+        self._read_to += len(new)
+        return list(self._entries.values())
 
     def read_shard(self, entry: Entry) -> list:
         """Records of one shard, after its checksum was compared with the manifest's."""
@@ -69,6 +82,16 @@ class Stream:
                 f"`npd run --run {self.folder.parent}` makes this shard anew"
             )
         return from_table(entry.kind, pq.read_table(path))
+
+    def mark_done(self, steps: int) -> None:
+        """`steps` were trained, and whether to publish after them is decided."""
+        with commit_file(self.folder / "steps_done.json") as draft:
+            draft.write_text(json.dumps({"steps": steps}) + "\n")
+
+    def steps_done(self) -> int:
+        """The newest mark; 0 before there is one."""
+        path = self.folder / "steps_done.json"
+        return json.loads(path.read_text())["steps"] if path.exists() else 0
 
     def read(self, kind: str, version: int) -> list:
         """Records of all committed shards, in shard order."""
