@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Checkpoints:
     """Those of one stage. One is written at a time; `wait` before the process ends."""
 
     def __init__(self, folder: Path, mesh: Mesh = ALONE):
-        self.folder, self._mesh = folder, mesh
+        self.folder, self._mesh = folder, replace(mesh, host_group=mesh.checkpoint_group)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 

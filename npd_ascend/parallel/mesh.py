@@ -33,8 +33,9 @@ class Mesh:
     sequence_parallel: bool = False
     tp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
-    # All ranks, CPU tensors. A checkpoint that is being written has it for itself.
+    # all ranks, CPU tensors
     host_group: dist.ProcessGroup | None = None
+    checkpoint_group: dist.ProcessGroup | None = None  # the same for the thread that writes checkpoints
 
     @property
     def tp_rank(self) -> int:
@@ -111,7 +112,9 @@ def make_mesh(tp: int, dp: int, rank: int, *, sequence_parallel: bool, timeout: 
     mine = Mesh(tp=tp, dp=dp, rank=rank, sequence_parallel=sequence_parallel)
     tp_groups = [dist.new_group([d * tp + t for t in range(tp)], timeout=timeout) for d in range(dp)]
     dp_groups = [dist.new_group([d * tp + t for d in range(dp)], timeout=timeout) for t in range(tp)]
-    host_group = dist.new_group(list(range(tp * dp)), timeout=timeout, backend="gloo")
+    host_group, checkpoint_group = (
+        dist.new_group(list(range(tp * dp)), timeout=timeout, backend="gloo") for _ in range(2)
+    )
     if rank >= tp * dp:
         return mine
     return Mesh(
@@ -122,6 +125,7 @@ def make_mesh(tp: int, dp: int, rank: int, *, sequence_parallel: bool, timeout: 
         tp_group=tp_groups[mine.dp_rank] if tp > 1 else None,
         dp_group=dp_groups[mine.tp_rank] if dp > 1 else None,
         host_group=host_group if tp * dp > 1 else None,
+        checkpoint_group=checkpoint_group if tp * dp > 1 else None,
     )
 
 
