@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 wrong input or a run that must stop, said in one line; 130
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,21 +37,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="npd", description="Near-Policy Distillation of language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, *, version: bool = False) -> argparse.ArgumentParser:
+    def add(name: str, text: str, *, worker: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         place = command.add_mutually_exclusive_group(required=True)
         place.add_argument("--config", type=Path, help="YAML of the run; its folder is made or continued")
         place.add_argument("--run", type=Path, help="an existing run folder")
-        if version:
-            command.add_argument("--version", type=int, default=0, help="student weights that generate (default 0)")
+        if worker:
+            command.add_argument(
+                "--version", type=int, help="student weights that generate (default 0); not with npd.stream"
+            )
+            command.add_argument("--worker", type=int, metavar="N", help="do the share of worker N; default: all")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted override, with --config")
         return command
 
     run = add("run", "the whole recipe: SFT, rollouts, scoring, distillation, evaluation, report")
     run.add_argument("--dry-run", action="store_true", help="check everything and print the plan, train nothing")
     add("sft", "supervised warm-up on data.gold")
-    add("rollout", "let the student answer data.prompts and data.heldout", version=True)
-    add("score", "teacher prefill, Δ-IFD, decisions", version=True)
+    add("rollout", "let the student answer data.prompts and data.heldout", worker=True)
+    add("score", "teacher prefill, Δ-IFD, decisions", worker=True)
     add("distill", "train on every decided set of rollouts")
     add("eval", "exact match on data.heldout of every model of the run")
     add("report", "summary.json and report.html from what the run folder holds")
@@ -81,11 +85,26 @@ def _open(args: argparse.Namespace) -> "RunFolder":
     logging.basicConfig(
         level=logging.INFO if this_rank().rank == 0 else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(run.logs / f"{args.command}.log")],
+        handlers=_log_handlers(run.logs / f"{_name(args)}.log"),
     )
     if is_new:  # once per run, not once per stage
         _say_licences(run.config)
     return run
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Of this process in the run."""
+    from npd_ascend.runfolder import worker_name
+
+    return worker_name(args.command, getattr(args, "worker", None))
+
+
+def _log_handlers(path: Path) -> list[logging.Handler]:
+    """The terminal and a file; one of them where the supervisor has made the file what stands for the terminal."""
+    path.touch()
+    if os.path.samestat(os.fstat(2), path.stat()):
+        return [logging.StreamHandler()]
+    return [logging.StreamHandler(), logging.FileHandler(path)]
 
 
 def _refuse_overrides_of_a_run(args: argparse.Namespace) -> None:
@@ -102,23 +121,43 @@ def _say_licences(config: "Config") -> None:
             logging.getLogger(__name__).warning(notice)
 
 
-def _stage(args: argparse.Namespace, work) -> int:
-    _timed(_open(args), args.command, work, getattr(args, "version", None))
-    return 0
-
-
-def _timed(run: "RunFolder", command: str, work, version: int | None = None) -> None:
-    """One stage alone on its run folder; its wall time goes to logs/stages.jsonl."""
+def _timed(run: "RunFolder", name: str, work, label: str | None = None) -> None:
+    """One process alone on its part of the run; its wall time goes to logs/stages.jsonl as `label`."""
     from npd_ascend.durable import append_line
     from npd_ascend.runfolder import working_on
 
-    name = command if version is None else f"{command}-v{version}"
-    with working_on(run, command):
+    with working_on(run, name):
         try:
-            work(run) if version is None else work(run, version)
+            work()
         finally:
-            row = {"stage": name, "started": _STARTED, "seconds": time.time() - _STARTED}
+            row = {"stage": label or name, "started": _STARTED, "seconds": time.time() - _STARTED}
             append_line(run.logs / "stages.jsonl", json.dumps(row))
+
+
+def _stage(args: argparse.Namespace, work) -> int:
+    run = _open(args)
+    _timed(run, args.command, lambda: work(run))
+    return 0
+
+
+def _worker_stage(args: argparse.Namespace, work, live) -> int:
+    """Rollouts or scores: of one weight version, or with npd.stream of the whole run."""
+    from npd_ascend.runfolder import worker_name
+
+    run = _open(args)
+    processes, npd = run.config.processes, run.config.npd
+    most = processes.rollout if args.command == "rollout" else processes.teacher
+    if args.worker is not None and not 0 <= args.worker < most:
+        raise UserError(f"--worker {args.worker}: the run has {most} of them, counted from 0 (processes)")
+    if npd and npd.stream:
+        if args.version is not None:
+            raise UserError("--version is not for a run with npd.stream, whose shards choose their version; remove it")
+        _timed(run, _name(args), lambda: live(run, args.worker))
+    else:
+        version = args.version or 0
+        label = worker_name(f"{args.command}-v{version}", args.worker)
+        _timed(run, _name(args), lambda: work(run, version, args.worker), label)
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -150,7 +189,7 @@ def _training_stage(args: argparse.Namespace, work) -> int:
     if here.world_size > 1 and here.rank > 0:
         work(run)
     elif here.world_size > 1 or ranks == 1:
-        _timed(run, args.command, work)
+        _timed(run, args.command, lambda: work(run))
     else:
         with working_on(run, f"{args.command}-ranks"):
             return run_ranks([args.command, "--run", str(run.path)], ranks, run.logs, args.command)
@@ -164,15 +203,15 @@ def _sft(args: argparse.Namespace) -> int:
 
 
 def _rollout(args: argparse.Namespace) -> int:
-    from npd_ascend.rollout.worker import run_rollouts
+    from npd_ascend.rollout.worker import run_live_rollouts, run_rollouts
 
-    return _stage(args, run_rollouts)
+    return _worker_stage(args, run_rollouts, run_live_rollouts)
 
 
 def _score(args: argparse.Namespace) -> int:
-    from npd_ascend.teacher.worker import run_scoring
+    from npd_ascend.teacher.worker import run_live_scoring, run_scoring
 
-    return _stage(args, run_scoring)
+    return _worker_stage(args, run_scoring, run_live_scoring)
 
 
 def _distill(args: argparse.Namespace) -> int:

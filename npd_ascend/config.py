@@ -52,6 +52,15 @@ class ParallelConfig(_Section):
         return self
 
 
+class ProcessConfig(_Section):
+    """Processes beside the trainer; each has device.threads. A number may change when a run goes on."""
+
+    rollout: int = Field(1, ge=1)  # they share the shards of rollouts
+    teacher: int = Field(1, ge=1)
+    restarts: int = Field(5, ge=0)  # of each process that was killed, crashed or gave no sign of life
+    timeout_s: int = Field(600, ge=1)  # without a sign of life; more than a shard takes
+
+
 class StudentConfig(_Section):
     path: Path  # Hugging Face folder: config.json, tokenizer, safetensors unless init is random
     init: Literal["pretrained", "random"] = "pretrained"
@@ -146,11 +155,45 @@ class TrainConfig(_Section):
     checkpoint_every_steps: int = Field(200, ge=1)
 
 
+class StreamConfig(_Section):
+    """Rollouts, teacher and trainer side by side; a step trains on the next shards as soon as they are decided."""
+
+    shards_per_step: int = Field(1, ge=1)  # the global batch, in shards of rollout.batch_size answers
+    max_lag: int = Field(1, ge=0)  # versions that a sample may be behind when it is trained on
+    publish_every: int = Field(16, ge=1)  # steps from version to version; with publish_at_kl the longest interval
+    publish_at_kl: float | None = Field(None, gt=0)  # publish once KL(current || newest version) passes it; nats/token
+    publish_not_before: int = Field(4, ge=1)  # steps; the shortest interval with publish_at_kl
+
+    @model_validator(mode="after")
+    def _intervals_fit(self):
+        if self.publish_at_kl is not None and self.publish_not_before > self.publish_every:
+            raise ValueError(
+                f"publish_not_before={self.publish_not_before} is above publish_every={self.publish_every}; lower it"
+            )
+        return self
+
+    @property
+    def shortest_interval(self) -> int:
+        """Steps."""
+        return self.publish_every if self.publish_at_kl is None else self.publish_not_before
+
+
 class NpdConfig(TrainConfig):
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(10, ge=1)  # with stream: passes over data.prompts, every one with fresh answers
     refresh_after: tuple[int, ...] = (5,)  # new rollouts by the student as it is after these epochs
+    stream: StreamConfig | None = None  # in the place of refresh_after and packs_per_step
     lambda_: float = Field(0.9, ge=0, le=1, alias="lambda")
     targets: Literal["renormalised", "tail"] = "renormalised"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_schedule(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("stream") is None:
+            return raw
+        for key, unset in (("refresh_after", []), ("packs_per_step", 1)):
+            if raw.get(key) not in (None, (), unset):
+                raise ValueError(f"{key} is not for npd.stream, which goes by steps of whole shards; set it to {unset}")
+        return raw | {"refresh_after": ()}
 
     @model_validator(mode="after")
     def _refreshes_inside(self):
@@ -204,6 +247,7 @@ class Config(_Section):
     device: DeviceConfig = DeviceConfig()
     kernels: KernelConfig = KernelConfig()
     parallel: ParallelConfig = ParallelConfig()
+    processes: ProcessConfig = ProcessConfig()
     student: StudentConfig
     teacher: TeacherConfig | None = None
     data: DataConfig

@@ -12,6 +12,7 @@ from npd_ascend.model.decoder import PLAIN, Decoder
 from npd_ascend.model.families import DecoderConfig, read_config
 from npd_ascend.model.hf_weights import check_hf_weights
 from npd_ascend.model.load import choose_kernels
+from npd_ascend.pacing import Pacing, open_pacing
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Prompt
@@ -20,7 +21,8 @@ from npd_ascend.stream import Stream
 from npd_ascend.teacher.check import check_teacher
 from npd_ascend.teacher.worker import load_teacher, shared_vocab_size
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.stages import gold_samples, phases
+from npd_ascend.trainer.samples import gold_samples
+from npd_ascend.trainer.stages import phases
 
 # Parquet bytes per answer token beside the top-k: ids, log-probs, offsets, before compression.
 _BYTES_PER_TOKEN = 16
@@ -75,11 +77,24 @@ def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) 
     shards = wanted_shards(config, tokenizer)
     wanted = [pair for shard in shards for pair in shard]
     _check_apart({prompt.token_ids for prompt, _ in wanted if not prompt.heldout}, heldout, "data.prompts")
+    if config.npd.stream:
+        return [_stream_line(config, open_pacing(config, tokenizer))]
     return [
         f"npd      epochs {phase.first + 1}-{phase.last} on {len(wanted) - len(heldout)} rollouts of version "
         f"{phase.version} (+ {len(heldout)} held-out), at most {config.rollout.max_new_tokens} new tokens"
         for phase in phases(config.npd)
     ]
+
+
+def _stream_line(config: Config, pacing: Pacing) -> str:
+    stream, processes = config.npd.stream, config.processes
+    kl = f", or once the drift passes {stream.publish_at_kl:g} nats" if stream.publish_at_kl is not None else ""
+    answers = sum(len(pacing.shards[shard]) for shard in range(pacing.training))
+    return (
+        f"npd      {pacing.steps} steps on {answers} rollouts, at most {config.rollout.max_new_tokens} new tokens; "
+        f"new weights every {stream.publish_every} steps{kl}, lag at most {stream.max_lag}; "
+        f"{processes.rollout} rollout and {processes.teacher} teacher processes beside the trainer"
+    )
 
 
 def _check_vocabularies(config: Config, tokenizer: ChatTokenizer) -> None:
@@ -117,8 +132,11 @@ def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer
     if config.npd:
         samples = sum(map(len, wanted_shards(config, tokenizer)))
         token_bytes = _BYTES_PER_TOKEN + 8 * config.teacher.top_k
-        per_version = weights + samples * config.rollout.max_new_tokens * token_bytes
-        need += per_version * len(phases(config.npd))
+        per_set = samples * config.rollout.max_new_tokens * token_bytes
+        # the stream's shards hold all rollouts of the run, and only so many versions are kept
+        sets = 1 if config.npd.stream else len(phases(config.npd))
+        versions = config.npd.stream.max_lag + 3 if config.npd.stream else sets
+        need += weights * versions + per_set * sets
     run = config.run.folder
     need -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.exists() else 0
     existing = next(path for path in (config.run.folder, *config.run.folder.parents) if path.exists())

@@ -19,14 +19,25 @@ Wanted = tuple[Prompt, int]
 def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]]:
     """All samples of one weight version in shards of rollout.batch_size, held-out prompts last.
 
-    The same for every version and every restart: a shard is generated as one batch, so its numbers
-    cannot depend on where an earlier process was killed.
+    With npd.stream: of the whole run, a fresh answer per prompt and epoch, every epoch in an order of its own, and
+    the held-out prompts in shards of their own. The same for every version and every restart: a shard is generated as
+    one batch, so its numbers cannot depend on where an earlier process was killed.
     """
     room = max_prompt_tokens(config, config.rollout.max_new_tokens)
     training = read_prompts(config.data, "prompts", tokenizer, max_prompt_tokens=room)
-    heldout = read_heldout(config, tokenizer, config.rollout.max_new_tokens)
-    wanted = [(p, i) for p in training for i in range(config.rollout.samples_per_prompt)] + [(p, 0) for p in heldout]
-    return [wanted[at : at + config.rollout.batch_size] for at in range(0, len(wanted), config.rollout.batch_size)]
+    heldout = [(prompt, 0) for prompt in read_heldout(config, tokenizer, config.rollout.max_new_tokens)]
+    answers, size = config.rollout.samples_per_prompt, config.rollout.batch_size
+    if config.npd is None or config.npd.stream is None:
+        return _cut([(prompt, index) for prompt in training for index in range(answers)] + heldout, size)
+    wanted = []
+    for epoch in range(config.npd.epochs):
+        order = np.random.Generator(np.random.PCG64([config.run.seed, epoch])).permutation(len(training) * answers)
+        wanted += [(training[at // answers], epoch * answers + at % answers) for at in order.tolist()]
+    return _cut(wanted, size) + _cut(heldout, size)
+
+
+def _cut(wanted: list[Wanted], size: int) -> list[list[Wanted]]:
+    return [wanted[at : at + size] for at in range(0, len(wanted), size)]
 
 
 def read_heldout(config: Config, tokenizer: ChatTokenizer, max_new_tokens: int) -> list[Prompt]:

@@ -13,12 +13,13 @@ import yaml
 from npd_ascend.config import Config, dump_config, load_config
 from npd_ascend.durable import commit_file
 from npd_ascend.errors import UserError
+from npd_ascend.heartbeat import Heartbeat
 from npd_ascend.stream import Stream
 from npd_ascend.weights.channel import WeightChannel
 from npd_ascend.weights.disk import DiskChannel
 
 _MAY_CHANGE = re.compile(
-    r"(parallel|device|kernels)\..*|\w+\.checkpoint_every_steps|evaluate\.batch_size|rollout\.kv_cache_gib"
+    r"(parallel|processes|device|kernels)\..*|\w+\.checkpoint_every_steps|evaluate\.batch_size|rollout\.kv_cache_gib"
 )
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class RunFolder:
     def __init__(self, config: Config):
         self.config, self.path = config, config.run.folder
         self.stream = Stream(self.path / "stream")
+        self.packs = self.path / "stream" / "packs.jsonl"
         self.weights: WeightChannel = DiskChannel(self.path / "weights")
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
@@ -36,6 +38,10 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
         self.evaluations = self.path / "evaluations.json"
+
+    def heartbeat(self, name: str) -> Heartbeat:
+        """That of the process `name`, as the supervisor looks for it."""
+        return Heartbeat(self.logs / f"{name}.beat")
 
     def needs_npd(self) -> None:
         """UserError for a run that only does SFT."""
@@ -47,6 +53,11 @@ class RunFolder:
         if version == 0 and self.config.sft is None:
             return self.config.student.path
         return self.weights.fetch(version)
+
+
+def worker_name(name: str, worker: int | None) -> str:
+    """What a worker's log, lock and metrics are called."""
+    return name if worker is None else f"{name}-{worker}"
 
 
 def open_run(config: Config) -> RunFolder:

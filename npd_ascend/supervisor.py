@@ -1,57 +1,162 @@
-"""`npd run`: one process per stage, in the order of the recipe; each skips what is already done."""
+"""`npd run`: the processes of a run, group after group; each skips what is already done."""
 
 import logging
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
+from npd_ascend.config import Config
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.preflight import check_run
-from npd_ascend.runfolder import RunFolder
+from npd_ascend.runfolder import RunFolder, worker_name
 from npd_ascend.trainer.stages import phases
 
-# A stage that dies of a signal (out of memory, a stray kill) is started again; it continues from its last commit.
-RESTARTS = 2
+_POLL_S = 0.1
+# how long the others may take to end after one was interrupted
+_GRACE_S = 10
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process of a run: `npd ARGUMENTS`."""
+
+    name: str  # of its log, lock and heartbeat
+    arguments: list[str]
+    # it gives signs of life, and is started again when it crashed as well as when it was killed
+    watched: bool = False
+
+
 def run_recipe(run: RunFolder) -> int:
-    """SFT, then per phase rollout, score and distill, then evaluation and report; returns the exit code."""
+    """SFT, rollouts, scoring and distillation, evaluation and report; returns the exit code."""
     print(check_run(run.config), flush=True)
-    for stage in recipe(run):
-        code = _run_stage(run, stage)
+    for group in recipe(run.config):
+        code = _run_group(run, group)
         if code != 0:
-            _log.error("npd %s ended with exit code %d; the same command continues from here", stage[0], code)
             return code
     print((run.path / "summary.txt").read_text(), end="")
     print(f"report: {run.report}")
     return 0
 
 
-def recipe(run: RunFolder) -> list[list[str]]:
-    """Command lines of the stages, after `npd`."""
-    config = run.config
-    stages = [["sft"]] if config.sft else []
-    for phase in phases(config.npd) if config.npd else []:
-        version = ["--version", str(phase.version)]
-        stages += [["rollout", *version], ["score", *version], ["distill"]]
-    return [*stages, ["eval"], ["report"]]
+def recipe(config: Config) -> list[list[Process]]:
+    """Groups of processes that run at the same time; the first of a group has the terminal."""
+    groups = [[Process("sft", ["sft"])]] if config.sft else []
+    if config.npd and config.npd.stream:
+        groups += [
+            [Process("distill", ["distill"], watched=True), *_workers(config, "rollout"), *_workers(config, "score")]
+        ]
+    elif config.npd:
+        for phase in phases(config.npd):
+            version = ["--version", str(phase.version)]
+            groups += [_workers(config, "rollout", version), _workers(config, "score", version)]
+            groups += [[Process("distill", ["distill"])]]
+    return [*groups, [Process("eval", ["eval"])], [Process("report", ["report"])]]
 
 
-def _run_stage(run: RunFolder, stage: list[str]) -> int:
-    command = [sys.executable, "-m", "npd_ascend", stage[0], "--run", str(run.path), *stage[1:]]
-    for attempt in range(RESTARTS + 1):
-        child = subprocess.Popen(command, preexec_fn=die_with_parent)
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:  # the terminal sent it to the child too
-            child.wait()
-            raise
-        killed_by = -code if code < 0 else code - 128  # the stage itself, or one of its ranks
-        if killed_by <= 0 or killed_by == signal.SIGINT:
-            return code
-        name = signal.Signals(killed_by).name
-        if attempt < RESTARTS:
-            _log.warning("npd %s was killed by %s; restart %d of %d", stage[0], name, attempt + 1, RESTARTS)
-    raise UserError(f"npd {stage[0]} was killed by {name} {RESTARTS + 1} times (out of memory?); see {run.logs}")
+def _workers(config: Config, role: str, arguments: Sequence[str] = ()) -> list[Process]:
+    count = config.processes.rollout if role == "rollout" else config.processes.teacher
+    if count == 1:
+        return [Process(role, [role, *arguments], watched=True)]
+    return [
+        Process(worker_name(role, number), [role, *arguments, "--worker", str(number)], watched=True)
+        for number in range(count)
+    ]
+
+
+@dataclass(slots=True)
+class _Running:
+    process: Process
+    child: subprocess.Popen
+    started: float  # time.time(), as file times are
+    restarts: int = 0
+    log: Path | None = None
+
+
+def _run_group(run: RunFolder, group: list[Process]) -> int:
+    """Until all have ended with 0, or one with a code that is no reason to start it again."""
+    running = [_start(run, process, first=process is group[0]) for process in group]
+    try:
+        while running:
+            time.sleep(_POLL_S)
+            for one in list(running):
+                _kill_if_hung(run, one)
+                code = one.child.poll()
+                if code is None:
+                    continue
+                if code == 0:
+                    running.remove(one)
+                elif (reason := _why_again(one, code)) is None:
+                    return _say_end(one, code)
+                else:
+                    running[running.index(one)] = _start_again(run, one, reason, first=one.process is group[0])
+    except KeyboardInterrupt:  # the terminal sent it to the children too
+        deadline = time.monotonic() + _GRACE_S
+        while any(one.child.poll() is None for one in running) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        raise
+    finally:
+        for one in running:
+            one.child.kill()
+            one.child.wait()
+    return 0
+
+
+def _start(run: RunFolder, process: Process, *, first: bool, restarts: int = 0) -> _Running:
+    command = [sys.executable, "-m", "npd_ascend", process.arguments[0], "--run", str(run.path), *process.arguments[1:]]
+    log = None if first else run.logs / f"{process.name}.log"
+    output: IO | None = log.open("a") if log else None
+    try:
+        child = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=die_with_parent)
+    finally:
+        if output:
+            output.close()
+    return _Running(process, child, time.time(), restarts, log)
+
+
+def _start_again(run: RunFolder, one: _Running, reason: str, *, first: bool) -> _Running:
+    most, log = run.config.processes.restarts, f"; see {one.log}" if one.log else ""
+    if one.restarts >= most:
+        raise UserError(
+            f"npd {one.process.name} {reason}, after {most} restarts (processes.restarts){log or f'; see {run.logs}'}; "
+            f"the same command goes on from here"
+        )
+    _log.warning("npd %s %s; restart %d of %d%s", one.process.name, reason, one.restarts + 1, most, log)
+    return _start(run, one.process, first=first, restarts=one.restarts + 1)
+
+
+def _why_again(one: _Running, code: int) -> str | None:
+    """None if a new process would end in the same way, or if somebody wanted it to end."""
+    killed_by = -code if code < 0 else code - 128  # the process itself, or one of its ranks
+    if killed_by == signal.SIGINT or code == 2:
+        return None
+    if killed_by > 0:
+        return f"was killed by {signal.Signals(killed_by).name}"
+    return f"crashed with exit code {code}" if one.process.watched else None
+
+
+def _kill_if_hung(run: RunFolder, one: _Running) -> None:
+    beat = run.logs / f"{one.process.name}.beat"
+    if not one.process.watched or one.child.poll() is not None:
+        return
+    silent = time.time() - max(one.started, beat.stat().st_mtime if beat.exists() else 0)
+    if silent > run.config.processes.timeout_s:
+        _log.warning("npd %s gave no sign of life for %.0f s (processes.timeout_s)", one.process.name, silent)
+        one.child.kill()
+        one.child.wait()
+
+
+def _say_end(one: _Running, code: int) -> int:
+    """The exit code of the run; what a process without the terminal had to say."""
+    if one.log and code == 2:
+        said = [line for line in one.log.read_text(errors="replace").splitlines() if line.startswith("npd ")]
+        if said:
+            print(said[-1], file=sys.stderr)
+    _log.error("npd %s ended with exit code %d; the same command continues from here", one.process.name, code)
+    return code

@@ -11,7 +11,7 @@ from npd_ascend.model.load import load_decoder
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
-from npd_ascend.trainer.stages import gold_samples
+from npd_ascend.trainer.samples import gold_samples
 from npd_ascend.trainer.step import train_step
 
 CPU = torch.device("cpu")

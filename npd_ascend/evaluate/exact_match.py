@@ -16,7 +16,7 @@ from npd_ascend.rollout.engine import Request, Sampling
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.stages import start_student
+from npd_ascend.trainer.student import start_student
 
 
 def run_evaluations(run: RunFolder) -> dict[str, dict]:

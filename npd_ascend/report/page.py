@@ -19,6 +19,7 @@ from npd_ascend.tokenizer import ChatTokenizer
 
 SHOWN_TOKENS = 80  # of an answer
 SHOWN_CHARACTERS = 1500  # of a prompt
+SHOWN_VERSIONS = 4
 FULL_COLOUR_NATS = 5.0  # |teacher - student| from which on a token has the full colour
 MODEL_NAMES = {"start": "start", "sft": "after SFT", "npd": "after NPD", "teacher": "teacher"}
 # throughput metric -> what it counts
@@ -52,7 +53,9 @@ def render_page(
         summary=summary,
         period=_period(rows),
         curves=_curves(run, rows),
-        versions=[_version(run, version) for version in versions],
+        versions=[_version(run, version, _published_steps(rows)) for version in _shown(versions)],
+        num_versions=len(versions),
+        processes=_processes(summary["processes"]),
         reasons=_reasons(versions),
         stages=_bars(summary["seconds"]),
         rates=_rates(rows),
@@ -111,25 +114,55 @@ def _curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
         curves[-1]["command"] = command
     if config.npd:
         kl = plots.heldout_curve(rows, "heldout/kl_teacher", refreshes)
-        drift = plots.heldout_curve(rows, "heldout/drift", refreshes, limit=plots.DRIFT_LIMIT)
         kl_note = "KL(teacher ‖ student) on held-out rollouts of version 0, teacher's top-k"
-        drift_note = f"KL(current ‖ generator), newest held-out rollouts; dashed: paper's {plots.DRIFT_LIMIT:.2f}"
-        curves += [
-            {"title": "Distance to the teacher", "note": kl_note, "figure": kl, "command": "distill"},
-            {"title": "Drift from the generator", "note": drift_note, "figure": drift, "command": "distill"},
-        ]
+        curves.append({"title": "Distance to the teacher", "note": kl_note, "figure": kl, "command": "distill"})
+        curves += _stream_curves(run, rows) if config.npd.stream else [_drift_curve(rows, refreshes)]
     return curves
+
+
+def _drift_curve(rows: Sequence[Mapping], refreshes: Sequence[int]) -> dict:
+    figure = plots.heldout_curve(rows, "heldout/drift", refreshes, limit=plots.DRIFT_LIMIT)
+    note = f"KL(current ‖ generator), newest held-out rollouts; dashed: paper's {plots.DRIFT_LIMIT:.2f}"
+    return {"title": "Drift from the generator", "note": note, "figure": figure, "command": "distill"}
+
+
+def _stream_curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
+    stream, published = run.config.npd.stream, sorted(_published_steps(rows).values())
+    limit = plots.DRIFT_LIMIT if stream.publish_at_kl is None else stream.publish_at_kl
+    drift = plots.step_curve(rows, "train/drift", "nats/token", published=published, limit=limit)
+    what = "paper's" if stream.publish_at_kl is None else "publish_at_kl"
+    drift_note = f"KL(current ‖ newest version) on samples of the step; dotted: new weights; dashed: {what} {limit:.2f}"
+    lag = plots.step_curve(rows, "train/lag", "versions", published=published)
+    lag_note = f"versions that the samples of a step are behind, mean; at most {stream.max_lag}"
+    return [
+        {"title": "Drift from the generator", "note": drift_note, "figure": drift, "command": "distill"},
+        {"title": "Lag of the generator", "note": lag_note, "figure": lag, "command": "distill"},
+    ]
+
+
+def _published_steps(rows: Sequence[Mapping]) -> dict[int, int]:
+    """Weight version -> steps that were done."""
+    return {int(row["publish/version"]): row["step"] for row in rows if "publish/version" in row}
 
 
 def _npd_objective(npd) -> str:
     return f"{1 - npd.lambda_:.3g} · cross-entropy + {npd.lambda_:.3g} · KL(teacher ‖ student)"
 
 
-def _version(run: RunFolder, version: Version) -> dict:
+def _shown(versions: Sequence[Version]) -> list[Version]:
+    """At most SHOWN_VERSIONS, the first and the last among them."""
+    places = np.linspace(0, len(versions) - 1, min(len(versions), SHOWN_VERSIONS)).round().astype(int)
+    return [versions[place] for place in places]
+
+
+def _version(run: RunFolder, version: Version, published: Mapping[int, int]) -> dict:
     """One card of the filter section."""
     config, number = run.config, version.version
     if number == 0:
         made_by = "the student after SFT" if config.sft else "the student as given"
+    elif config.npd.stream:
+        at = f"step {published[number]}" if number in published else "a step that was not logged"  # killed before
+        made_by = f"the student after {at}"
     else:
         made_by = f"the student after epoch {config.npd.refresh_after[number - 1]}"
     training = {reason: count for reason, count in version.kept.items() if reason != "heldout"}
@@ -155,6 +188,16 @@ def _reasons(versions: Sequence[Version]) -> dict[str, str]:
 def _bars(seconds: Mapping[str, float]) -> list[dict]:
     longest = max(seconds.values(), default=0)
     return [{"stage": name, "seconds": value, "width": value / longest} for name, value in seconds.items()]
+
+
+def _processes(seconds: Mapping[str, Mapping]) -> list[dict]:
+    """Rows of the table of who waited for whom, shares of the time that is accounted for."""
+    table = []
+    for name, spent in seconds.items():
+        total = sum(spent[key] for key in ("busy", "weights", "waited")) or 1.0
+        shares = {key: spent[key] / total for key in ("busy", "weights", "waited")}
+        table.append({"name": name, "waits_for": spent["waits_for"]} | shares)
+    return table
 
 
 def _rates(rows: Sequence[Mapping]) -> list[dict]:

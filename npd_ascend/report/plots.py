@@ -102,6 +102,27 @@ def heldout_curve(
         return _svg(figure, f"{name} over epochs")
 
 
+def step_curve(
+    rows: Sequence[Mapping], name: str, unit: str, *, published: Sequence[float] = (), limit: float | None = None
+) -> Markup | None:
+    """A metric over the steps of NPD, a dotted line at every publication. None if it was never measured."""
+    measured = sorted((row["step"], row[name]) for row in _with(rows, "npd", name))
+    if not measured:
+        return None
+    step, value = zip(*measured, strict=True)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes("optimizer step", unit)
+        axes.plot(step, value, color=ACCENT, marker="o", markersize=3)
+        axes.set_ylim(0, 1.15 * max([*value, limit or 0.0, 1e-9]))
+        axes.set_xlim(0, max(1, *step))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if limit is not None:
+            axes.axhline(limit, color=ABOVE, linestyle=(0, (4, 3)), linewidth=1.1)
+        for place in published:
+            axes.axvline(place, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
+        return _svg(figure, f"{name} over steps")
+
+
 def delta_histogram(version: Version, filters: FilterConfig) -> Markup | None:
     """Δ-IFD of the training rollouts of one version, stacked by reason, with the thresholds that are set."""
     if not version.deltas:
@@ -126,7 +147,7 @@ def delta_histogram(version: Version, filters: FilterConfig) -> Markup | None:
         axes.set_ylim(0, 1.12 * top)
         quantile = f"{filters.tau:g}-quantile " if filters.tau_mode == "quantile" else "τ = "
         ends = [(0.0, "0")] if filters.drop_below_zero else []
-        ends += [(version.limit, f"{quantile}{version.limit:.3g}")] if filters.tau is not None else []
+        ends += [(version.limit, f"{quantile}{version.limit:.3g}")] if version.limit is not None else []
         for place, text in ends:
             axes.axvline(place, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
             near_end = place > high - 0.2 * (high - low)

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from npd_ascend.config import Config
 from npd_ascend.durable import commit_file
 from npd_ascend.metrics import read_metrics
+from npd_ascend.report.busy import busy_shares
 from npd_ascend.report.page import render_page
 from npd_ascend.report.versions import Version, read_versions
 from npd_ascend.runfolder import RunFolder
 
 MODELS = ("start", "sft", "npd", "teacher")
+_DRIFT = ("heldout/drift", "train/drift")  # on held-out rollouts, or with npd.stream on those that are trained on
 TRAINED = ("sft", "npd")  # stages that train
 
 
@@ -44,7 +46,8 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "scores": {name: evaluations.get(name, {}).get("exact_match") for name in MODELS},
         "standard_error": {name: evaluations.get(name, {}).get("standard_error") for name in MODELS},
         "heldout_kl": {"first": kl[0] if kl else None, "last": kl[-1] if kl else None},
-        "drift_max": max((row["heldout/drift"] for row in heldout), default=None),
+        "drift_max": max((row[name] for row in rows for name in _DRIFT if name in row), default=None),
+        "processes": busy_shares(rows),
         "kept_share": kept_share(versions),
         "kept": {str(version.version): version.kept for version in versions},
         "tokens": {

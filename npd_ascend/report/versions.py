@@ -32,26 +32,25 @@ class Version:
     # held-out rollouts have the reason "heldout"; everything below is empty until the version is decided
     kept: dict[str, dict[str, int]]  # reason -> {"samples", "tokens"}, in the order of REASONS
     deltas: dict[str, np.ndarray]  # reason -> finite Δ-IFD of training rollouts
-    limit: float | None  # Δ-IFD above which a rollout goes
+    limit: float | None  # Δ-IFD above which a rollout goes, if it is the same for all
     examples: list[Example]
 
 
 def read_versions(run: RunFolder) -> list[Version]:
     """Every version with rollouts, from 0 up. Records of one version are in memory at a time."""
-    versions: list[Version] = []
-    while run.stream.entries("rollouts", len(versions)):
-        versions.append(_read_version(run, len(versions)))
-    return versions
+    numbers = {entry.version for entry in run.stream.every() if entry.kind == "rollouts"}
+    return [_read_version(run, number) for number in sorted(numbers)]
 
 
 def _read_version(run: RunFolder, version: int) -> Version:
     rollouts = {rollout.sample_id: rollout for rollout in run.stream.read("rollouts", version)}
     scores = {score.sample_id: score for score in run.stream.read("scores", version)}
     decisions = run.stream.read("decisions", version)
-    limit = None
-    if decisions:
+    limit, filters = None, run.config.filters
+    # a quantile is taken over the rollouts that are decided together: with npd.stream every shard has one of its own
+    if decisions and not (run.config.npd.stream and filters.tau_mode == "quantile"):
         trained_on = [score for name, score in scores.items() if not rollouts[name].heldout]
-        limit = upper_limit(trained_on, run.config.filters)
+        limit = upper_limit(trained_on, filters)
     return Version(
         version=version,
         rolled_out_tokens=sum(rollout.answer_len for rollout in rollouts.values()),

@@ -2,18 +2,21 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, open_device
 from npd_ascend.metrics import MetricsLog
+from npd_ascend.pacing import Pacing, open_pacing, share
 from npd_ascend.progress import progress
 from npd_ascend.prompts import Wanted, wanted_shards
 from npd_ascend.records import Rollout, sample_id
 from npd_ascend.rollout.engine import Engine, Request, Sampling
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.rollout.vllm_engine import VllmEngine
-from npd_ascend.runfolder import RunFolder
+from npd_ascend.runfolder import RunFolder, worker_name
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.weights.canary import compare, read_probes
 
@@ -21,39 +24,110 @@ from npd_ascend.weights.canary import compare, read_probes
 CANARY_NATS = {"float32": 2e-3, "bfloat16": 0.1}
 
 
-def run_rollouts(run: RunFolder, version: int) -> None:
-    """Commit every missing rollout shard of `version`; nothing to do is a quick no."""
+def run_rollouts(run: RunFolder, version: int, worker: int | None) -> None:
+    """Commit every missing rollout shard of `version`; nothing to do is a quick no.
+
+    worker: makes its share among config.processes.rollout of them; None makes all.
+    """
     run.needs_npd()
-    config = run.config
-    tokenizer = ChatTokenizer(config.student.path)
-    shards = wanted_shards(config, tokenizer)
+    tokenizer = ChatTokenizer(run.config.student.path)
+    shards = wanted_shards(run.config, tokenizer)
     committed = run.stream.entries("rollouts", version)
-    missing = [shard for shard in range(len(shards)) if shard not in committed]
+    mine = share(range(len(shards)), worker, run.config.processes.rollout)
+    if missing := [shard for shard in mine if shard not in committed]:
+        total = sum(len(shards[shard]) for shard in mine)
+        done = total - sum(len(shards[shard]) for shard in missing)
+        with (
+            open_maker(run, tokenizer, shards, f"rollout-v{version}", worker) as maker,
+            progress(f"rollout v{version}", total, "samples", done) as bar,
+        ):
+            for shard in missing:
+                bar.update(maker.make(shard, version))
+
+
+def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
+    """The schedule with npd.stream: every missing shard, each with the newest weights as soon as it may begin."""
+    run.needs_npd()
+    tokenizer = ChatTokenizer(run.config.student.path)
+    pacing = open_pacing(run.config, tokenizer)
+    mine = share(pacing.order, worker, run.config.processes.rollout)
+    committed = run.stream.shards("rollouts")
+    missing = [shard for shard in mine if shard not in committed]
     if not missing:
         return
-    longest = max(len(prompt.token_ids) for shard in shards for prompt, _ in shard)
-    engine = open_engine(config, tokenizer, longest)
-    metrics = MetricsLog(run.path, f"rollout-v{version}")
-    engine.load_weights(run.generator(version))
-    if probes := read_probes(run.generator(version)):
-        found = engine.next_logprobs([probe.context for probe in probes], [probe.next_id for probe in probes])
-        difference = compare(probes, found, CANARY_NATS[config.rollout.dtype], run.generator(version))
-        metrics.log(0, rollout__canary=difference)
-    total = sum(map(len, shards))
-    with progress(f"rollout v{version}", total, "samples", total - sum(len(shards[s]) for s in missing)) as bar:
+    total = sum(len(pacing.shards[shard]) for shard in mine)
+    done = total - sum(len(pacing.shards[shard]) for shard in missing)
+    with (
+        open_maker(run, tokenizer, pacing.shards, "rollout", worker) as maker,
+        progress("rollout", total, "samples", done) as bar,
+    ):
+        maker.load(run.weights.newest()[0])  # before there is anything to wait for
         for shard in missing:
-            started = time.perf_counter()
-            rollouts = generate(engine, shards[shard], run, version)
-            run.stream.commit("rollouts", version, shard, rollouts)
-            seconds, tokens = time.perf_counter() - started, sum(r.answer_len for r in rollouts)
-            metrics.log(
-                shard,
-                rollout__samples=len(rollouts),
-                rollout__tokens=tokens,
-                rollout__tokens_per_s=tokens / seconds,
+            waited = maker.heartbeat.wait(
+                partial(_may_begin, run, pacing, shard), f"the trainer to reach shard {shard}"
             )
-            bar.update(len(rollouts))
-    metrics.close()
+            version = 0 if shard in pacing.heldout else run.weights.newest()[0]
+            bar.update(maker.make(shard, version, waited))
+
+
+def _may_begin(run: RunFolder, pacing: Pacing, shard: int) -> bool:
+    steps_done = run.stream.steps_done()
+    return pacing.may_begin(shard, published_at=run.weights.newest()[1], steps_done=steps_done)
+
+
+class Maker:
+    """An engine, the weights it has, and the shards it makes with them."""
+
+    def __init__(self, run: RunFolder, engine: Engine, shards: Sequence[Sequence[Wanted]], name: str):
+        self._run, self._engine, self._shards = run, engine, shards
+        self._version: int | None = None
+        self.metrics, self.heartbeat = MetricsLog(run.path, name), run.heartbeat(name)
+
+    def load(self, version: int) -> float:
+        """Give the engine the weights of `version` unless it has them, and let the canary look; returns seconds."""
+        if version == self._version:
+            return 0.0
+        started, folder = time.perf_counter(), self._run.generator(version)
+        self._engine.load_weights(folder)
+        if probes := read_probes(folder):
+            found = self._engine.next_logprobs([probe.context for probe in probes], [probe.next_id for probe in probes])
+            difference = compare(probes, found, CANARY_NATS[self._run.config.rollout.dtype], folder)
+            self.metrics.log(version, rollout__canary=difference)
+        self._version = version
+        self.heartbeat.beat()
+        return time.perf_counter() - started
+
+    def make(self, shard: int, version: int, waited: float = 0.0) -> int:
+        """Generate and commit one shard; returns its samples. waited: seconds that it had to, for the log."""
+        loading = self.load(version)
+        started = time.perf_counter()
+        rollouts = generate(self._engine, self._shards[shard], self._run, version)
+        self._run.stream.commit("rollouts", version, shard, rollouts)
+        seconds, tokens = time.perf_counter() - started, sum(r.answer_len for r in rollouts)
+        self.metrics.log(
+            shard,
+            rollout__samples=len(rollouts),
+            rollout__tokens=tokens,
+            rollout__tokens_per_s=tokens / seconds,
+            rollout__version=version,
+            rollout__busy_s=seconds,
+            rollout__load_s=loading,
+            rollout__wait_s=waited,
+        )
+        self.heartbeat.beat()
+        return len(rollouts)
+
+
+@contextmanager
+def open_maker(
+    run: RunFolder, tokenizer: ChatTokenizer, shards: Sequence[Sequence[Wanted]], name: str, worker: int | None
+) -> Iterator[Maker]:
+    longest = max(len(prompt.token_ids) for shard in shards for prompt, _ in shard)
+    maker = Maker(run, open_engine(run.config, tokenizer, longest), shards, worker_name(name, worker))
+    try:
+        yield maker
+    finally:
+        maker.metrics.close()
 
 
 def open_engine(config: Config, tokenizer: ChatTokenizer, longest_prompt: int) -> Engine:

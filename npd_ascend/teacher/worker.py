@@ -1,7 +1,9 @@
 """One scoring process: free filters, teacher prefill, unconditional passes, then the decisions."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from npd_ascend.config import Config
@@ -12,10 +14,11 @@ from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.families import read_config
 from npd_ascend.model.load import choose_kernels, load_decoder
+from npd_ascend.pacing import open_pacing, share
 from npd_ascend.progress import progress
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Rollout, Score
-from npd_ascend.runfolder import RunFolder
+from npd_ascend.runfolder import RunFolder, worker_name
 from npd_ascend.teacher.check import check_scores, check_teacher
 from npd_ascend.teacher.local import LocalScorer
 from npd_ascend.teacher.scorer import Scorer
@@ -23,10 +26,11 @@ from npd_ascend.teacher.served import open_served
 from npd_ascend.tokenizer import ChatTokenizer
 
 
-def run_scoring(run: RunFolder, version: int) -> None:
+def run_scoring(run: RunFolder, version: int, worker: int | None) -> None:
     """Commit every missing score shard of `version`, then one shard of decisions.
 
-    Score shard i holds the rollouts of rollout shard i that pass the free filters.
+    Score shard i holds the rollouts of rollout shard i that pass the free filters. worker: scores its share among
+    config.processes.teacher of them, and number 0 waits for the others and decides; None does all.
     """
     run.needs_npd()
     entries, committed = run.stream.entries("rollouts", version), run.stream.entries("scores", version)
@@ -42,60 +46,133 @@ def run_scoring(run: RunFolder, version: int) -> None:
     shards = {shard: run.stream.read_shard(entry) for shard, entry in sorted(entries.items())}
     rollouts = [rollout for shard in shards.values() for rollout in shard]
     dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
-    metrics = MetricsLog(run.path, f"score-v{version}")
-    if missing := [shard for shard in shards if shard not in committed]:
-        _score_shards(run, version, tokenizer, shards, missing, dropped, metrics)
-    scores = {score.sample_id: score for score in run.stream.read("scores", version)}
-    decisions = decide(rollouts, scores, dropped, run.config.filters)
-    run.stream.commit("decisions", version, 0, decisions)
-    trainable = [decision for decision in decisions if decision.reason != "heldout"]
-    metrics.log(0, filter__kept=sum(decision.kept for decision in trainable) / len(trainable))
-    metrics.close()
-
-
-def _score_shards(
-    run: RunFolder,
-    version: int,
-    tokenizer: ChatTokenizer,
-    shards: Mapping[int, list[Rollout]],
-    missing: Sequence[int],
-    dropped: Mapping[str, str],
-    metrics: MetricsLog,
-) -> None:
-    teacher_config, name = run.config.teacher, str(run.config.teacher.path)
-    vocab_size = shared_vocab_size(run.config)
-    teacher, student = load_teacher(run.config), _load_generator(run, version)
-    heldout = read_heldout(run.config, tokenizer, 0)
-    check_teacher(
-        teacher,
-        heldout,
-        tokenizer,
-        dtype=teacher_config.dtype,
-        vocab_size=vocab_size,
-        pack_tokens=teacher_config.pack_tokens,
-        name=name,
-    )
-    context = tokenizer.alone_context(teacher_config.alone_context)
-    total = sum(map(len, shards.values()))
-    with progress(f"score v{version}", total, "samples", total - sum(len(shards[s]) for s in missing)) as bar:
-        for shard in missing:
-            started = time.perf_counter()
-            passing = [rollout for rollout in shards[shard] if rollout.sample_id not in dropped]
-            scores = score_rollouts(
-                teacher,
-                student,
-                passing,
-                context,
-                top_k=min(teacher_config.top_k, vocab_size),
-                pack_tokens=teacher_config.pack_tokens,
+    mine = share(list(shards), worker, run.config.processes.teacher)
+    total, missing = sum(len(shards[shard]) for shard in mine), [shard for shard in mine if shard not in committed]
+    done = total - sum(len(shards[shard]) for shard in missing)
+    with open_reader(run, tokenizer, f"score-v{version}", worker) as reader:
+        with progress(f"score v{version}", total, "samples", done) as bar:
+            for shard in missing:
+                reader.score(shard, shards[shard], dropped)
+                bar.update(len(shards[shard]))
+        if worker in (None, 0):
+            reader.heartbeat.wait(
+                lambda: run.stream.entries("scores", version).keys() == shards.keys(), "the other teacher workers"
             )
-            if scores:
-                check_scores(scores, vocab_size, name)
-            run.stream.commit("scores", version, shard, scores)
-            tokens = sum(len(rollout.token_ids) for rollout in passing)
-            seconds = time.perf_counter() - started
-            metrics.log(shard, score__samples=len(scores), score__tokens=tokens, score__tokens_per_s=tokens / seconds)
-            bar.update(len(shards[shard]))
+            scores = {score.sample_id: score for score in run.stream.read("scores", version)}
+            reader.decide(version, 0, rollouts, scores, dropped)
+
+
+def run_live_scoring(run: RunFolder, worker: int | None) -> None:
+    """The schedule with npd.stream: score and decide every shard as soon as it is generated.
+
+    What a set is for the filters (a duplicate, a quantile of Δ-IFD) is then the shard.
+    """
+    run.needs_npd()
+    tokenizer = ChatTokenizer(run.config.student.path)
+    pacing = open_pacing(run.config, tokenizer)
+    mine = share(pacing.order, worker, run.config.processes.teacher)
+    committed = run.stream.shards("decisions")
+    missing = [shard for shard in mine if shard not in committed]
+    if not missing:
+        return
+    total = sum(len(pacing.shards[shard]) for shard in mine)
+    done = total - sum(len(pacing.shards[shard]) for shard in missing)
+    with open_reader(run, tokenizer, "score", worker) as reader, progress("score", total, "samples", done) as bar:
+        for shard in missing:
+            waited = reader.heartbeat.wait(partial(_is_generated, run, shard), f"rollouts of shard {shard}")
+            rollouts = run.stream.read_shard(run.stream.shards("rollouts")[shard])
+            dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
+            scores = {score.sample_id: score for score in reader.score(shard, rollouts, dropped, waited)}
+            reader.decide(rollouts[0].weight_version, shard, rollouts, scores, dropped)
+            bar.update(len(rollouts))
+
+
+def _is_generated(run: RunFolder, shard: int) -> bool:
+    return shard in run.stream.shards("rollouts")
+
+
+class Reader:
+    """The teacher, and the student as it was when it generated; both read rollouts, one shard at a time."""
+
+    def __init__(self, run: RunFolder, tokenizer: ChatTokenizer, name: str):
+        self._run, self._tokenizer = run, tokenizer
+        self._teacher: Scorer | None = None
+        self._student: Scorer | None = None
+        self._version: int | None = None
+        self.metrics, self.heartbeat = MetricsLog(run.path, name), run.heartbeat(name)
+
+    def score(
+        self, shard: int, rollouts: Sequence[Rollout], dropped: Mapping[str, str], waited: float = 0.0
+    ) -> list[Score]:
+        """Score and commit what passed the free filters. waited: seconds for the shard, for the log."""
+        config, name = self._run.config.teacher, str(self._run.config.teacher.path)
+        vocab_size = shared_vocab_size(self._run.config)
+        self._load(rollouts[0].weight_version)
+        started = time.perf_counter()
+        passing = [rollout for rollout in rollouts if rollout.sample_id not in dropped]
+        scores = score_rollouts(
+            self._teacher,
+            self._student,
+            passing,
+            self._tokenizer.alone_context(config.alone_context),
+            top_k=min(config.top_k, vocab_size),
+            pack_tokens=config.pack_tokens,
+        )
+        if scores:
+            check_scores(scores, vocab_size, name)
+        self._run.stream.commit("scores", rollouts[0].weight_version, shard, scores)
+        tokens, seconds = sum(len(rollout.token_ids) for rollout in passing), time.perf_counter() - started
+        self.metrics.log(
+            shard,
+            score__samples=len(scores),
+            score__tokens=tokens,
+            score__tokens_per_s=tokens / seconds,
+            score__busy_s=seconds,
+            score__wait_s=waited,
+        )
+        self.heartbeat.beat()
+        return scores
+
+    def decide(
+        self,
+        version: int,
+        shard: int,
+        rollouts: Sequence[Rollout],
+        scores: Mapping[str, Score],
+        dropped: Mapping[str, str],
+    ) -> None:
+        """Commit one decision for each of `rollouts`."""
+        decisions = decide(rollouts, scores, dropped, self._run.config.filters)
+        self._run.stream.commit("decisions", version, shard, decisions)
+        if trainable := [decision for decision in decisions if decision.reason != "heldout"]:
+            self.metrics.log(shard, filter__kept=sum(decision.kept for decision in trainable) / len(trainable))
+        self.heartbeat.beat()
+
+    def _load(self, version: int) -> None:
+        config = self._run.config
+        if self._teacher is None:
+            self._teacher = load_teacher(config)
+            check_teacher(
+                self._teacher,
+                read_heldout(config, self._tokenizer, 0),
+                self._tokenizer,
+                dtype=config.teacher.dtype,
+                vocab_size=shared_vocab_size(config),
+                pack_tokens=config.teacher.pack_tokens,
+                name=str(config.teacher.path),
+            )
+        if self._version != version:
+            self._student, self._version = _load_generator(self._run, version), version
+        self.heartbeat.beat()
+
+
+@contextmanager
+def open_reader(run: RunFolder, tokenizer: ChatTokenizer, name: str, worker: int | None) -> Iterator[Reader]:
+    reader = Reader(run, tokenizer, worker_name(name, worker))
+    try:
+        yield reader
+    finally:
+        reader.metrics.close()
 
 
 def score_rollouts(

@@ -15,12 +15,19 @@ from npd_kernels.token_loss import token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
+class Generated:
+    """A batch of rollouts, and the log-probs of who generated it."""
+
+    batch: Batch
+    logprobs_A: torch.Tensor  # float32
+
+
+@dataclass(frozen=True, slots=True)
 class Heldout:
     """Fixed batches: teacher's top-k on rollouts of version 0, log-probs of the newest generator on its own."""
 
     teacher_batches: list[Batch]
-    generator_batches: list[Batch]
-    generator_logprobs: list[torch.Tensor]  # float32 [A] beside each generator batch
+    generated: list[Generated]
     objective: Objective  # pure KL: λ = 1
     version: int  # of the newest generator
 
@@ -32,22 +39,14 @@ class Heldout:
         for batch in self.teacher_batches[mine]:
             hidden_AD = _hidden(model, batch)
             sums[0] += batch_loss(hidden_AD, model.head_weight_VD, batch, self.objective, model.vocab_shard)[0]
-        for batch, generator_A in zip(self.generator_batches[mine], self.generator_logprobs[mine], strict=True):
-            current_A1 = token_logprobs(
-                _hidden(model, batch),
-                model.head_weight_VD,
-                batch.layout.answer_ids_A[:, None],
-                shard=model.vocab_shard,
-                impl=self.objective.loss_impl,
-            )
-            log_ratio_A = current_A1[:, 0] - generator_A
-            sums[1] += (log_ratio_A.exp() * log_ratio_A - torch.expm1(log_ratio_A)).sum()
-        kl_sum, drift_sum = mesh.sum_over_dp(sums).tolist()
-        return {
-            "heldout__kl_teacher": kl_sum / sum(len(batch.layout.answer_ids_A) for batch in self.teacher_batches),
-            "heldout__drift": drift_sum / sum(len(batch.layout.answer_ids_A) for batch in self.generator_batches),
-            "heldout__version": self.version,
-        }
+        for generated in self.generated[mine]:
+            sums[1] += drift_sum(model, generated, self.objective.loss_impl)
+        kl_sum, total_drift = mesh.sum_over_dp(sums).tolist()
+        kl = kl_sum / sum(len(batch.layout.answer_ids_A) for batch in self.teacher_batches)
+        if not self.generated:
+            return {"heldout__kl_teacher": kl}
+        drift = total_drift / sum(len(generated.logprobs_A) for generated in self.generated)
+        return {"heldout__kl_teacher": kl, "heldout__drift": drift, "heldout__version": self.version}
 
 
 def make_heldout(
@@ -59,7 +58,8 @@ def make_heldout(
     device: torch.device,
     multiple_of: int = 1,
 ) -> Heldout:
-    """first: held-out rollouts of version 0 with scores; newest: held-out rollouts of the newest version."""
+    """first: held-out rollouts of version 0 with scores; newest: held-out rollouts of the newest version, perhaps
+    none, and then drift is not measured."""
     objective = Objective(lambda_=1.0, loss_impl=loss_impl)
     scored = {
         rollout.sample_id: Sample(
@@ -71,19 +71,40 @@ def make_heldout(
         )
         for rollout, score in first
     }
-    generated = {rollout.sample_id: rollout for rollout in newest}
-    generator_packs = _packs(generated, pack_tokens)
-    plain = Objective(loss_impl=loss_impl)
     return Heldout(
         teacher_batches=[make_batch(pack, objective, device, multiple_of) for pack in _packs(scored, pack_tokens)],
-        generator_batches=[make_batch(pack, plain, device, multiple_of) for pack in generator_packs],
-        generator_logprobs=[
-            torch.from_numpy(np.concatenate([rollout.logprobs for rollout in pack])).to(device)
-            for pack in generator_packs
-        ],
+        generated=make_generated(newest, pack_tokens=pack_tokens, device=device, multiple_of=multiple_of),
         objective=objective,
-        version=newest[0].weight_version,
+        version=newest[0].weight_version if newest else 0,
     )
+
+
+def make_generated(
+    rollouts: Sequence[Rollout], *, pack_tokens: int, device: torch.device, multiple_of: int
+) -> list[Generated]:
+    """Rollouts in packs for drift_sum."""
+    return [
+        Generated(
+            make_batch(pack, Objective(), device, multiple_of),
+            torch.from_numpy(np.concatenate([rollout.logprobs for rollout in pack])).to(device),
+        )
+        for pack in _packs({rollout.sample_id: rollout for rollout in rollouts}, pack_tokens)
+    ]
+
+
+@torch.inference_mode()
+def drift_sum(model: Decoder, generated: Generated, loss_impl: str) -> torch.Tensor:
+    """KL(model || generator) summed over the answer tokens: r log r - r + 1 with r the ratio of their probabilities."""
+    batch = generated.batch
+    current_A1 = token_logprobs(
+        _hidden(model, batch),
+        model.head_weight_VD,
+        batch.layout.answer_ids_A[:, None],
+        shard=model.vocab_shard,
+        impl=loss_impl,
+    )
+    log_ratio_A = current_A1[:, 0] - generated.logprobs_A
+    return (log_ratio_A.exp() * log_ratio_A - torch.expm1(log_ratio_A)).sum()
 
 
 def _packs(rows: dict, pack_tokens: int) -> list[list]:

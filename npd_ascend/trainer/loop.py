@@ -48,7 +48,7 @@ def fit(
     Called by all ranks alike. samples: the training set of these epochs; heldout: measured before the first and
     after every epoch; metrics: None on ranks that do not log.
     """
-    training = _Training(model, objective, config, mesh, checkpoints, metrics)
+    training = Training(model, objective, config, mesh, checkpoints, metrics)
     cursor = training.resume(epochs[0])
     if cursor["epoch"] > epochs[1]:
         raise UserError(
@@ -89,8 +89,8 @@ def fit(
     training.checkpoints.wait()
 
 
-class _Training:
-    """What a step needs beside its packs."""
+class Training:
+    """What a step needs beside its packs. metrics: None on ranks that do not log."""
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class _Training:
     def checkpoint(self, cursor: dict[str, int]) -> None:
         self.checkpoints.save(dict(cursor), self.optimizer.rectangles(copies=False))
 
-    def step(self, packs: Sequence[Sequence[Sample]], step: int, done_epochs: float) -> float:
-        """One optimizer step over `packs`, shared among the data-parallel ranks, logged; returns its loss."""
+    def step(self, packs: Sequence[Sequence[Sample]], step: int, done_epochs: float, **logged: float) -> float:
+        """One optimizer step over `packs`, shared among the data-parallel ranks, logged with `logged`; its loss."""
         started = time.perf_counter()
         lr = learning_rate(done_epochs / self.config.epochs, step, self.config.optimizer)
         device, multiple = self.model.embed.weight.device, self.mesh.row_multiple
@@ -140,7 +140,7 @@ class _Training:
             lr=lr,
             mesh=self.mesh,
         )
-        tokens = sum(len(sample.token_ids) for sample in every_sample)
+        tokens, seconds = sum(len(sample.token_ids) for sample in every_sample), time.perf_counter() - started
         self.log(
             step,
             train__loss=stats.loss,
@@ -148,8 +148,10 @@ class _Training:
             train__lr=lr,
             train__answer_tokens=tokens - sum(sample.prompt_len for sample in every_sample),
             train__tokens=tokens,
-            train__tokens_per_s=tokens / (time.perf_counter() - started),
+            train__tokens_per_s=tokens / seconds,
+            train__busy_s=seconds,
             train__epoch=done_epochs,
+            **logged,
         )
         return stats.loss
 

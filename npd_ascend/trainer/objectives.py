@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from npd_ascend.config import Config
 from npd_ascend.packing import PackLayout, lay_out
 from npd_ascend.records import Sample
 from npd_kernels.token_loss import VocabShard, token_logprobs, token_loss
@@ -32,6 +33,12 @@ class Objective:
     targets: str = "renormalised"  # or "tail"
     normalise: str = "token"  # weight of a token: token 1, sample 1/len, sqrt 1/sqrt(len)
     loss_impl: str = "chunked"
+
+
+def npd_objective(config: Config) -> Objective:
+    """What the npd section asks for."""
+    npd = config.npd
+    return Objective(lambda_=npd.lambda_, targets=npd.targets, normalise=npd.normalise, loss_impl=config.kernels.loss)
 
 
 @dataclass(frozen=True, slots=True)

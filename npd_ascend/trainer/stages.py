@@ -2,28 +2,19 @@
 
 import itertools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
-from npd_ascend.config import Config, NpdConfig
-from npd_ascend.device import DTYPES, open_device
+from npd_ascend.config import NpdConfig
 from npd_ascend.errors import UserError
-from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
-from npd_ascend.model.load import choose_kernels, load_decoder
-from npd_ascend.parallel.mesh import ALONE, Mesh, open_mesh
-from npd_ascend.parallel.plan import cut_model
-from npd_ascend.prompts import max_prompt_tokens, read_heldout, read_prompts
-from npd_ascend.records import Sample
+from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.canary import make_probes
-from npd_ascend.trainer.heldout import Heldout, make_heldout
+from npd_ascend.trainer.live import train_live
 from npd_ascend.trainer.loop import fit
-from npd_ascend.trainer.objectives import Objective
+from npd_ascend.trainer.objectives import Objective, npd_objective
+from npd_ascend.trainer.samples import gold_samples, kept_samples, read_heldout_set
+from npd_ascend.trainer.student import load_student, open_metrics, open_ranks, publish, start_student
 from npd_ascend.weights.disk import export
 
 _log = logging.getLogger(__name__)
@@ -44,45 +35,12 @@ def phases(config: NpdConfig) -> list[Phase]:
     return [Phase(i, first, last) for i, (first, last) in enumerate(itertools.pairwise(cuts))]
 
 
-def start_student(config: Config, mesh: Mesh = ALONE) -> Decoder:
-    """This rank's part of the student before anything was trained."""
-    return _student(config, None if config.student.init == "random" else config.student.path, mesh)
-
-
-def _student(config: Config, weights: Path | None, mesh: Mesh) -> Decoder:
-    """This rank's part of the student with the weights of a folder, or fresh ones from the run's seed."""
-    device = open_device(config.device.kind, config.device.threads)
-    return load_decoder(
-        weights or config.student.path,
-        seed=None if weights else config.run.seed,
-        dtype=DTYPES[config.student.dtype],
-        device=device,
-        kernels=choose_kernels(config.kernels, device),
-        recompute=config.parallel.recompute,
-        cut=partial(cut_model, mesh=mesh),
-    )
-
-
-@contextmanager
-def _ranks(config: Config) -> Iterator[Mesh]:
-    parallel = config.parallel
-    device = open_device(config.device.kind, config.device.threads)
-    with open_mesh(
-        parallel.tp,
-        parallel.dp,
-        sequence_parallel=parallel.sequence_parallel,
-        device=device,
-        timeout_s=parallel.timeout_s,
-    ) as mesh:
-        yield mesh
-
-
 def run_sft(run: RunFolder) -> None:
     """Train on gold answers; publish weight version 0, or the final student if the run ends here.
 
     Called by every rank of the trainer, as run_distill is.
     """
-    with _ranks(run.config) as mesh:
+    with open_ranks(run.config) as mesh:
         _sft(run, mesh)
 
 
@@ -96,7 +54,7 @@ def _sft(run: RunFolder, mesh: Mesh) -> None:
     samples = gold_samples(config, tokenizer)
     model = start_student(config, mesh)
     objective = Objective(normalise=config.sft.normalise, loss_impl=config.kernels.loss)
-    with _metrics(run, "sft", mesh) as metrics:
+    with open_metrics(run, "sft", mesh) as metrics:
         fit(
             model,
             samples,
@@ -109,36 +67,19 @@ def _sft(run: RunFolder, mesh: Mesh) -> None:
             metrics=metrics,
         )
     if config.npd:
-        _publish(run, 0, model, mesh)
+        publish(run, 0, model, mesh)
     else:
         export(run.student, model, config.student.path, mesh)
-
-
-def _publish(run: RunFolder, version: int, model: Decoder, mesh: Mesh) -> None:
-    config = run.config
-    prompts = read_heldout(config, ChatTokenizer(config.student.path), config.rollout.max_new_tokens)
-    probes = make_probes(model, prompts, config.kernels.loss, mesh)
-    run.weights.publish(version, model, config.student.path, probes, mesh)
-
-
-@contextmanager
-def _metrics(run: RunFolder, stage: str, mesh: Mesh) -> Iterator[MetricsLog | None]:
-    """The log on rank 0, None on the others."""
-    if mesh.rank > 0:
-        yield None
-        return
-    metrics = MetricsLog(run.path, stage)
-    try:
-        yield metrics
-    finally:
-        metrics.close()
 
 
 def run_distill(run: RunFolder) -> None:
     """Train every NPD phase whose rollouts are decided; publish after each, export after the last."""
     run.needs_npd()
-    with _ranks(run.config) as mesh:
-        _distill(run, mesh)
+    with open_ranks(run.config) as mesh:
+        if run.config.npd.stream:
+            train_live(run, mesh)
+        else:
+            _distill(run, mesh)
 
 
 def _distill(run: RunFolder, mesh: Mesh) -> None:
@@ -157,26 +98,21 @@ def _distill(run: RunFolder, mesh: Mesh) -> None:
         if phase is plan[-1]:
             export(run.student, model, config.student.path, mesh)
         else:
-            _publish(run, phase.version + 1, model, mesh)
+            publish(run, phase.version + 1, model, mesh)
 
 
 def _train_phase(run: RunFolder, phase: Phase, mesh: Mesh) -> Decoder:
     config = run.config
-    samples, heldout = kept_samples(run, phase.version), _heldout(run, phase.version, mesh)
+    samples, heldout = kept_samples(run, phase.version), read_heldout_set(run, phase.version, mesh)
     if not samples:
         raise UserError(
             f"{run.stream.folder}: the filters kept none of the rollouts of version {phase.version}; see the reasons "
             f"in its decisions shard, then start a new run.folder with a higher filters.tau or with "
             f"filters.drop_below_zero: false"
         )
-    model = _student(config, run.generator(phase.version), mesh)
-    objective = Objective(
-        lambda_=config.npd.lambda_,
-        targets=config.npd.targets,
-        normalise=config.npd.normalise,
-        loss_impl=config.kernels.loss,
-    )
-    with _metrics(run, "npd", mesh) as metrics:
+    model = load_student(config, run.generator(phase.version), mesh)
+    objective = npd_objective(config)
+    with open_metrics(run, "npd", mesh) as metrics:
         fit(
             model,
             samples,
@@ -190,59 +126,3 @@ def _train_phase(run: RunFolder, phase: Phase, mesh: Mesh) -> Decoder:
             heldout=heldout,
         )
     return model
-
-
-def kept_samples(run: RunFolder, version: int) -> list[Sample]:
-    """Training rows of one version: rollouts joined with scores, where the decision says kept."""
-    kept = {decision.sample_id for decision in run.stream.read("decisions", version) if decision.kept}
-    scores = {score.sample_id: score for score in run.stream.read("scores", version) if score.sample_id in kept}
-    rollouts = [rollout for rollout in run.stream.read("rollouts", version) if rollout.sample_id in kept]
-    if {rollout.sample_id for rollout in rollouts} != kept or scores.keys() != kept or len(rollouts) != len(kept):
-        raise UserError(
-            f"{run.stream.folder}: rollouts, scores and decisions of version {version} do not belong together; run "
-            f"`npd rollout` and `npd score --run {run.path} --version {version}`, which make what is missing anew"
-        )
-    return [
-        Sample(
-            sample_id=rollout.sample_id,
-            token_ids=rollout.token_ids,
-            prompt_len=rollout.prompt_len,
-            teacher_topk_ids=scores[rollout.sample_id].teacher_topk_ids,
-            teacher_topk_logprobs=scores[rollout.sample_id].teacher_topk_logprobs,
-        )
-        for rollout in rollouts
-    ]
-
-
-def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
-    """Training rows of SFT; UserError names the first that no pack can hold."""
-    room = min(config.sft.pack_tokens, max_prompt_tokens(config, 0))
-    prompts = read_prompts(config.data, "gold", tokenizer, max_prompt_tokens=room)
-    samples = [
-        Sample(
-            sample_id=prompt.prompt_id,
-            token_ids=prompt.token_ids + tokenizer.encode_answer(prompt.answer),
-            prompt_len=len(prompt.token_ids),
-        )
-        for prompt in prompts
-    ]
-    longest = max(samples, key=lambda sample: len(sample.token_ids))
-    if len(longest.token_ids) > room:
-        raise UserError(
-            f"data.gold: {longest.sample_id} has {len(longest.token_ids)} tokens with its answer, but the smaller of "
-            f"sft.pack_tokens and the student's context is {room}; raise sft.pack_tokens or remove the sample"
-        )
-    return samples
-
-
-def _heldout(run: RunFolder, version: int, mesh: Mesh) -> Heldout:
-    scores = {score.sample_id: score for score in run.stream.read("scores", 0)}
-    first = [(rollout, scores[rollout.sample_id]) for rollout in run.stream.read("rollouts", 0) if rollout.heldout]
-    return make_heldout(
-        first,
-        [rollout for rollout in run.stream.read("rollouts", version) if rollout.heldout],
-        pack_tokens=run.config.npd.pack_tokens,
-        loss_impl=run.config.kernels.loss,
-        device=open_device(run.config.device.kind, run.config.device.threads),
-        multiple_of=mesh.row_multiple,
-    )

@@ -10,10 +10,13 @@ from npd_ascend.weights.canary import Probe
 
 
 class WeightChannel(Protocol):
-    def publish(self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh) -> None:
+    def publish(
+        self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh, *, step: int = 0
+    ) -> None:
         """Make `version` visible; called by all ranks.
 
         source: the folder config and tokenizer are from. probes: what the trainer says of fixed tokens, see canary.py.
+        step: steps of NPD that are in the weights.
         """
 
     def fetch(self, version: int) -> Path:
@@ -21,3 +24,9 @@ class WeightChannel(Protocol):
 
     def versions(self) -> list[int]:
         """Visible versions, rising."""
+
+    def newest(self) -> tuple[int, int]:
+        """(version, its step); (0, 0) before anything was published."""
+
+    def drop_between(self, first: int, last: int) -> None:
+        """Forget the versions [first, last)."""

@@ -1,6 +1,7 @@
 """Weight versions as Hugging Face folders RUN/weights/v<N>; the rename of the folder is the commit point."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +18,14 @@ class DiskChannel:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
-    def publish(self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh = ALONE) -> None:
+    def publish(
+        self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh = ALONE, *, step: int = 0
+    ) -> None:
         """Write v<version>, float32 or bfloat16 as the model is. A version is never written twice."""
         if mesh.rank == 0 and version in self.versions():  # another rank may ask when rank 0 is done
             raise AssertionError(f"version {version} is already published in {self.folder}")
-        export(self.folder / f"v{version}", model, source, mesh, stamp={"version": version}, probes=probes)
+        stamp = {"version": version, "step": step}
+        export(self.folder / f"v{version}", model, source, mesh, stamp=stamp, probes=probes)
 
     def fetch(self, version: int) -> Path:
         """UserError if the version is not there or its weights differ from their checksum."""
@@ -38,6 +42,16 @@ class DiskChannel:
 
     def versions(self) -> list[int]:
         return sorted(int(path.name[1:]) for path in self.folder.glob("v*"))
+
+    def newest(self) -> tuple[int, int]:
+        version = max(self.versions(), default=0)
+        path = self.folder / f"v{version}" / "version.json"
+        return version, json.loads(path.read_text())["step"] if path.exists() else 0
+
+    def drop_between(self, first: int, last: int) -> None:
+        for version in self.versions():
+            if first <= version < last:
+                shutil.rmtree(self.folder / f"v{version}")
 
 
 def export(

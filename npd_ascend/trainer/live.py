@@ -1,0 +1,210 @@
+"""NPD with npd.stream: a step trains on the next shards as soon as they are decided, beside who makes them.
+
+Steps take shards in order, so what a step trains on does not depend on who was faster; it is written to
+RUN/stream/packs.jsonl before it is used. The student is a function of the stream: trained again from the same shards,
+after a kill or years later, it ends on CPU in float32 with the same bits.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+
+from npd_ascend.durable import append_line
+from npd_ascend.errors import UserError
+from npd_ascend.metrics import MetricsLog
+from npd_ascend.pacing import open_pacing
+from npd_ascend.packing import pack_samples
+from npd_ascend.parallel.mesh import Mesh
+from npd_ascend.progress import progress
+from npd_ascend.records import Rollout, Sample
+from npd_ascend.runfolder import RunFolder
+from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.heldout import Heldout, drift_sum, make_generated
+from npd_ascend.trainer.loop import Training
+from npd_ascend.trainer.objectives import npd_objective
+from npd_ascend.trainer.samples import heldout_in_shards, kept_in_shards
+from npd_ascend.trainer.student import load_student, open_metrics, publish
+from npd_ascend.weights.disk import export
+
+# how long rank 0 waits for shards before it tells the other ranks, whose patience with it is parallel.timeout_s
+_TURN_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+def train_live(run: RunFolder, mesh: Mesh) -> None:
+    """Train every step, publish on the way, export after the last. Called by all ranks."""
+    if run.student.exists():
+        return
+    with open_metrics(run, "npd", mesh) as metrics:
+        trainer = LiveTrainer(run, mesh, metrics)
+        trainer.resume()
+        steps = trainer.pacing.steps
+        with progress("npd", steps, "steps", trainer.cursor["step"], shown=mesh.rank == 0) as bar:
+            while trainer.cursor["step"] < steps:
+                waited = trainer.wait()
+                loss = trainer.step(waited)
+                bar.set_postfix(
+                    loss=f"{loss:.3f}", version=trainer.cursor["version"], waited=f"{waited:.1f}s", refresh=False
+                )
+                bar.update()
+        trainer.finish()
+
+
+class LiveTrainer:
+    """The student, its optimizer and the cursor {step, updates, version, published_at}.
+
+    updates: steps that changed the weights; one whose samples were all dropped does not.
+    """
+
+    def __init__(self, run: RunFolder, mesh: Mesh, metrics: MetricsLog | None):
+        config = run.config
+        self._run, self._mesh = run, mesh
+        self.pacing = open_pacing(config, ChatTokenizer(config.student.path))
+        self._model = load_student(config, run.generator(0), mesh)
+        checkpoints = run.checkpoints / "npd"
+        self._training = Training(self._model, npd_objective(config), config.npd, mesh, checkpoints, metrics)
+        self.cursor = {"step": 0, "updates": 0, "version": 0, "published_at": 0}
+        self._heldout: Heldout | None = None
+        self._heartbeat = run.heartbeat("distill") if mesh.rank == 0 else None
+        self._written = _written_packs(run)
+
+    def resume(self) -> None:
+        """From the newest checkpoint, if there is one."""
+        optimizer = self._training.optimizer
+        cursor = self._training.checkpoints.load(optimizer.rectangles(copies=True))
+        if cursor is None:
+            return
+        optimizer.restored(cursor["updates"])
+        self.cursor = cursor
+        _log.info("going on at step %(step)d with version %(version)d", cursor)
+        self._publish_once()  # the checkpoint of a version is older than the version
+
+    def wait(self) -> float:
+        """Until the shards of the next step are decided; returns seconds."""
+        shards = [*self.pacing.heldout, *self.pacing.shards_of(self.cursor["step"])]
+        waited, ready = 0.0, False
+        while not ready:
+            ready = self._decided(shards)
+            if self._heartbeat and not ready:
+                what = f"decisions on shards {shards[0]} to {shards[-1]}"
+                waited += self._heartbeat.wait(lambda: self._decided(shards), what, at_most_s=_TURN_S)
+                ready = self._decided(shards)
+            ready = self._mesh.from_first(ready)
+        return self._mesh.from_first(waited)
+
+    def _decided(self, shards: Sequence[int]) -> bool:
+        return self._run.stream.shards("decisions").keys() >= set(shards)
+
+    def step(self, waited: float) -> float:
+        """Train on the next shards, publish if it is time, keep a checkpoint; returns the loss, NaN without samples."""
+        config, step = self._run.config.npd, self.cursor["step"]
+        rows = kept_in_shards(self._run, self.pacing.shards_of(step))
+        if step == 0:
+            self._measure_heldout()
+        drift = self._drift([rollout for rollout, _ in rows])
+        loss = float("nan")
+        if packs := self._packs(step, [sample for _, sample in rows]):
+            lags = [self.cursor["version"] - rollout.weight_version for rollout, _ in rows]
+            done_epochs = step / self.pacing.steps * config.epochs
+            loss = self._training.step(
+                packs,
+                step,
+                done_epochs,
+                train__wait_s=waited,
+                train__lag=sum(lags) / len(lags),
+                train__lag_max=max(lags),
+            )
+            self.cursor["updates"] += 1
+        self.cursor["step"] = step + 1
+        if self._is_time(drift):
+            self._publish()
+        elif (step + 1) % config.checkpoint_every_steps == 0:
+            self._training.checkpoint(self.cursor)
+        if self._heartbeat:
+            self._run.stream.mark_done(step + 1)
+            self._heartbeat.beat()
+        return loss
+
+    def finish(self) -> None:
+        """The last measurement and the student."""
+        self._measure_heldout()
+        self._training.checkpoint(self.cursor)
+        self._training.checkpoints.wait()
+        export(self._run.student, self._model, self._run.config.student.path, self._mesh)
+
+    def _packs(self, step: int, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Of all ranks, as they stand in packs.jsonl or as they are written there now."""
+        by_id = {sample.sample_id: sample for sample in samples}
+        lengths = {name: len(sample.token_ids) for name, sample in by_id.items()}
+        packs = pack_samples(lengths, self._run.config.npd.pack_tokens)
+        if step not in self._written:
+            if self._mesh.rank == 0:
+                append_line(self._run.packs, json.dumps({"step": step, "packs": packs}))
+        elif self._written[step] != packs:
+            raise UserError(
+                f"{self._run.packs}: step {step} was trained on other samples than its shards have now; restore the "
+                f"stream, or start again with a new run.folder"
+            )
+        return [[by_id[name] for name in pack] for pack in packs]
+
+    def _drift(self, rollouts: Sequence[Rollout]) -> float | None:
+        """KL(current || newest version), where the interval is over and the step has samples of that version."""
+        version, since = self.cursor["version"], self.cursor["step"] + 1 - self.cursor["published_at"]
+        live = [rollout for rollout in rollouts if rollout.weight_version == version]
+        if since % self.pacing.stream.shortest_interval or not live:
+            return None
+        batches = make_generated(
+            live,
+            pack_tokens=self._run.config.npd.pack_tokens,
+            device=self._model.embed.weight.device,
+            multiple_of=self._mesh.row_multiple,
+        )[: self._mesh.dp]  # one pack a replica is enough to know
+        total = torch.zeros((), device=self._model.embed.weight.device)
+        for batch in batches[self._mesh.dp_rank :: self._mesh.dp]:
+            total += drift_sum(self._model, batch, self._run.config.kernels.loss)
+        drift = float(self._mesh.sum_over_dp(total)) / sum(len(batch.logprobs_A) for batch in batches)
+        self._training.log(self.cursor["step"], train__drift=drift)
+        return drift
+
+    def _is_time(self, drift: float | None) -> bool:
+        stream, since = self.pacing.stream, self.cursor["step"] - self.cursor["published_at"]
+        drifted = drift is not None and stream.publish_at_kl is not None and drift > stream.publish_at_kl
+        return (since >= stream.publish_every or drifted) and self.cursor["step"] < self.pacing.steps
+
+    def _publish(self) -> None:
+        """A checkpoint first, so that a trainer that starts again is never older than what it published."""
+        started = time.perf_counter()
+        self.cursor |= {"version": self.cursor["version"] + 1, "published_at": self.cursor["step"]}
+        self._training.checkpoint(self.cursor)
+        self._training.checkpoints.wait()
+        self._publish_once()
+        seconds = time.perf_counter() - started
+        self._training.log(self.cursor["step"], publish__version=self.cursor["version"], publish__busy_s=seconds)
+        self._measure_heldout()
+
+    def _publish_once(self) -> None:
+        version = self.cursor["version"]
+        if version == 0 or self._mesh.from_first(version in self._run.weights.versions()):
+            return
+        publish(self._run, version, self._model, self._mesh, step=self.cursor["published_at"])
+        if self._mesh.rank == 0:
+            # nothing that is generated or not yet scored is older than max_lag; version 0 is evaluated in the end
+            self._run.weights.drop_between(1, version - self.pacing.stream.max_lag)
+
+    def _measure_heldout(self) -> None:
+        if self._heldout is None:
+            self._heldout = heldout_in_shards(self._run, self.pacing.heldout, self._mesh)
+        epoch = self.cursor["step"] / self.pacing.steps * self._run.config.npd.epochs
+        measured = self._heldout.measure(self._model, self._mesh)
+        self._training.log(self.cursor["step"], train__epoch=epoch, **measured)
+
+
+def _written_packs(run: RunFolder) -> dict[int, list[list[str]]]:
+    """Steps that were begun, from packs.jsonl; a torn last line never was."""
+    if not run.packs.exists():
+        return {}
+    rows = [json.loads(line) for line in run.packs.read_text().split("\n")[:-1]]
+    return {row["step"]: row["packs"] for row in rows}

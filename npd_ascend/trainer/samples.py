@@ -1,0 +1,105 @@
+"""What the trainer trains on and measures: rows of the stream, and gold answers."""
+
+from collections.abc import Iterable, Sequence
+
+from npd_ascend.config import Config
+from npd_ascend.device import open_device
+from npd_ascend.errors import UserError
+from npd_ascend.parallel.mesh import Mesh
+from npd_ascend.prompts import max_prompt_tokens, read_prompts
+from npd_ascend.records import Rollout, Sample, Score
+from npd_ascend.runfolder import RunFolder
+from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.heldout import Heldout, make_heldout
+
+_KINDS = ("rollouts", "scores", "decisions")
+
+
+def kept_samples(run: RunFolder, version: int) -> list[Sample]:
+    """Training rows of one version: rollouts joined with scores, where the decision says kept."""
+    parts = [run.stream.read(kind, version) for kind in _KINDS]
+    return [sample for _, sample in _join_kept(run, parts, f"version {version}")]
+
+
+def kept_in_shards(run: RunFolder, shards: Iterable[int]) -> list[tuple[Rollout, Sample]]:
+    """The same for shards of the schedule with npd.stream, with the rollouts."""
+    rows = []
+    for shard in shards:
+        parts = [run.stream.read_shard(run.stream.shards(kind)[shard]) for kind in _KINDS]
+        rows += _join_kept(run, parts, f"shard {shard}")
+    return rows
+
+
+def _join_kept(run: RunFolder, parts: Sequence[list], where: str) -> list[tuple[Rollout, Sample]]:
+    """parts: rollouts, scores and decisions."""
+    rollouts, scores, decisions = parts
+    kept = {decision.sample_id for decision in decisions if decision.kept}
+    score_of = {score.sample_id: score for score in scores if score.sample_id in kept}
+    rollouts = [rollout for rollout in rollouts if rollout.sample_id in kept]
+    if {rollout.sample_id for rollout in rollouts} != kept or score_of.keys() != kept or len(rollouts) != len(kept):
+        raise UserError(
+            f"{run.stream.folder}: rollouts, scores and decisions of {where} do not belong together; run "
+            f"`npd rollout` and `npd score --run {run.path}` again, which make what is missing anew"
+        )
+    return [(rollout, _sample(rollout, score_of[rollout.sample_id])) for rollout in rollouts]
+
+
+def _sample(rollout: Rollout, score: Score) -> Sample:
+    return Sample(
+        sample_id=rollout.sample_id,
+        token_ids=rollout.token_ids,
+        prompt_len=rollout.prompt_len,
+        teacher_topk_ids=score.teacher_topk_ids,
+        teacher_topk_logprobs=score.teacher_topk_logprobs,
+    )
+
+
+def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
+    """Training rows of SFT; UserError names the first that no pack can hold."""
+    room = min(config.sft.pack_tokens, max_prompt_tokens(config, 0))
+    prompts = read_prompts(config.data, "gold", tokenizer, max_prompt_tokens=room)
+    samples = [
+        Sample(
+            sample_id=prompt.prompt_id,
+            token_ids=prompt.token_ids + tokenizer.encode_answer(prompt.answer),
+            prompt_len=len(prompt.token_ids),
+        )
+        for prompt in prompts
+    ]
+    longest = max(samples, key=lambda sample: len(sample.token_ids))
+    if len(longest.token_ids) > room:
+        raise UserError(
+            f"data.gold: {longest.sample_id} has {len(longest.token_ids)} tokens with its answer, but the smaller of "
+            f"sft.pack_tokens and the student's context is {room}; raise sft.pack_tokens or remove the sample"
+        )
+    return samples
+
+
+def read_heldout_set(run: RunFolder, version: int, mesh: Mesh) -> Heldout:
+    """Held-out rollouts of version 0, and of `version` for the drift from it."""
+    stream = run.stream
+    newest = [rollout for rollout in stream.read("rollouts", version) if rollout.heldout]
+    return _heldout(run, stream.read("rollouts", 0), stream.read("scores", 0), newest, mesh)
+
+
+def heldout_in_shards(run: RunFolder, shards: Iterable[int], mesh: Mesh) -> Heldout:
+    """The held-out shards of the schedule with npd.stream, which measures drift on what it trains on."""
+    rollouts, scores = (
+        [row for shard in shards for row in run.stream.read_shard(run.stream.shards(kind)[shard])]
+        for kind in ("rollouts", "scores")
+    )
+    return _heldout(run, rollouts, scores, [], mesh)
+
+
+def _heldout(
+    run: RunFolder, rollouts: list[Rollout], scores: list[Score], newest: list[Rollout], mesh: Mesh
+) -> Heldout:
+    score_of = {score.sample_id: score for score in scores}
+    return make_heldout(
+        [(rollout, score_of[rollout.sample_id]) for rollout in rollouts if rollout.heldout],
+        newest,
+        pack_tokens=run.config.npd.pack_tokens,
+        loss_impl=run.config.kernels.loss,
+        device=open_device(run.config.device.kind, run.config.device.threads),
+        multiple_of=mesh.row_multiple,
+    )
