@@ -1,0 +1,45 @@
+"""python tests/sequential_stream.py RUN: the schedule with npd.stream in one process, one thing after the other.
+
+Makes what the trainer needs next and no more, so that the newest weights generate everything.
+"""
+
+import sys
+from pathlib import Path
+
+from npd_ascend.filters import free_reasons
+from npd_ascend.parallel.mesh import ALONE
+from npd_ascend.rollout.worker import open_maker
+from npd_ascend.runfolder import reopen_run
+from npd_ascend.teacher.worker import open_reader
+from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.live import LiveTrainer
+
+
+def main() -> None:
+    run = reopen_run(Path(sys.argv[1]))
+    tokenizer, trainer = ChatTokenizer(run.config.student.path), LiveTrainer(run, ALONE, None)
+    pacing = trainer.pacing
+    with (
+        open_maker(run, tokenizer, pacing.shards, "rollout", None) as maker,
+        open_reader(run, tokenizer, "score", None) as reader,
+    ):
+
+        def make(shard: int) -> None:
+            version = run.weights.newest()[0]
+            maker.make(shard, version)
+            rollouts = run.stream.read_shard(run.stream.shards("rollouts")[shard])
+            dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
+            scores = {score.sample_id: score for score in reader.score(shard, rollouts, dropped)}
+            reader.decide(version, shard, rollouts, scores, dropped)
+
+        for shard in pacing.heldout:
+            make(shard)
+        for step in range(pacing.steps):
+            for shard in pacing.shards_of(step):
+                make(shard)
+            trainer.step(0.0)
+    trainer.finish()
+
+
+if __name__ == "__main__":
+    main()

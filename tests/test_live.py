@@ -1,0 +1,297 @@
+"""npd.stream as real processes: one student, whatever dies, hangs or is damaged on the way."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS
+
+from npd_ascend.metrics import read_metrics
+from npd_ascend.runfolder import reopen_run
+
+pytestmark = pytest.mark.slow
+
+ROOT = CONFIGS.parent
+SMALL = [
+    "data.gold.count=200",
+    "data.prompts.count=300",
+    "data.heldout.count=60",
+    "sft.epochs=4",
+    "npd.epochs=4",
+    "npd.refresh_after=[]",
+    "npd.pack_tokens=512",
+    "npd.checkpoint_every_steps=3",
+    "rollout.batch_size=64",
+    "filters.tau=0.95",
+    "device.threads=1",
+]
+ONE_BEHIND = "npd.stream={publish_every: 4, max_lag: 1}"
+
+
+def command(folder: Path, *more: str, name: str = "run") -> list[str]:
+    config = ["--config", str(CONFIGS / "addition_cpu.yaml")]
+    return [sys.executable, "-m", "npd_ascend", name, *config, f"run.folder={folder}", *SMALL, *more]
+
+
+def npd(folder: Path, *more: str, name: str = "run") -> subprocess.CompletedProcess:
+    return subprocess.run(command(folder, *more, name=name), capture_output=True, text=True, check=False)
+
+
+def npd_on(name: str, folder: Path) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-m", "npd_ascend", name, "--run", str(folder)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def soak():
+    spec = importlib.util.spec_from_file_location("soak", ROOT / "benchmarks" / "soak.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    done = npd(folder, ONE_BEHIND, "processes={rollout: 2, teacher: 2}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_live_run_leaves_all_it_promises(reference):
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["processes"].keys() == {"rollout-0", "rollout-1", "score-0", "score-1", "npd"}
+    assert all(spent["busy"] > 0 for spent in summary["processes"].values())
+    rows = read_metrics(reference)
+    steps = [row["step"] for row in rows if "train/lag" in row]
+    assert steps == list(range(19))
+    assert {row["publish/version"] for row in rows if "publish/version" in row} == {1, 2, 3, 4}
+    assert max(row["train/lag_max"] for row in rows if "train/lag" in row) <= 1
+    assert all(row["rollout/canary"] < 2e-3 for row in rows if "rollout/canary" in row)
+    page = (reference / "report.html").read_text()
+    assert "Lag of the generator" in page
+    assert "Who worked and who waited" in page
+    assert [path.name for path in sorted((reference / "weights").iterdir())] == ["v0", "v3", "v4"]
+
+
+def test_without_lag_it_is_the_student_that_one_process_makes(tmp_path):
+    settings = ["npd.stream={publish_every: 3, max_lag: 0, shards_per_step: 2}"]
+    assert npd(tmp_path / "live", *settings).returncode == 0
+    assert npd(tmp_path / "alone", *settings, name="sft").returncode == 0
+    subprocess.run([sys.executable, ROOT / "tests" / "sequential_stream.py", tmp_path / "alone"], check=True)
+    assert weights(tmp_path / "live") == weights(tmp_path / "alone")
+
+
+def test_drift_publishes_before_the_interval_is_over(tmp_path):
+    stream = "npd.stream={publish_every: 16, publish_at_kl: 0.001, publish_not_before: 2}"
+    done = npd(tmp_path / "run", stream)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run")
+    drift = {row["step"] + 1: row["train/drift"] for row in rows if "train/drift" in row}
+    published = [row["step"] for row in rows if "publish/version" in row]
+    assert published
+    assert all(drift[step] > 0.001 for step in published)
+    assert all(later - earlier >= 2 for earlier, later in zip([0, *published], published, strict=False))
+    # version 1 made, a step with samples of version 0 alone does not count: the drift is from the newest version
+    assert all(step in drift for step in published)
+
+
+def test_the_ranks_of_the_trainer_wait_together(reference, tmp_path):
+    """Another layout of ranks, trained again on the same stream: the same student up to rounding."""
+    from safetensors.torch import load_file
+
+    folder = replayed(reference, tmp_path / "run")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("  tp: 1\n  dp: 1\n", "  tp: 2\n  dp: 1\n"))
+    assert "tp: 2" in config.read_text()
+    done = npd_on("distill", folder)
+    assert done.returncode == 0, done.stderr
+    wanted, got = (load_file(path / "student" / "model.safetensors") for path in (reference, folder))
+    for name, value in wanted.items():
+        assert (got[name] - value).norm() <= 1e-3 * value.norm(), name
+
+
+def replayed(reference: Path, folder: Path) -> Path:
+    """The stream and version 0 of a run, and nothing that a trainer made of them."""
+    folder.mkdir()
+    shutil.copy(reference / "config.yaml", folder)
+    shutil.copytree(reference / "stream", folder / "stream")
+    shutil.copytree(reference / "weights" / "v0", folder / "weights" / "v0")
+    (folder / "logs").mkdir()
+    return folder
+
+
+def test_nothing_is_lost_through_random_kills():
+    """benchmarks/soak.py with more kills for the long form."""
+    kills = os.environ.get("NPD_KILL_POINTS", "6")
+    words = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--kills", kills]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+
+
+def test_the_soak_sees_what_it_looks_for(soak, reference, tmp_path):
+    assert soak.check(reference) == []
+
+    def damaged(name, change):
+        folder = Path(shutil.copytree(reference, tmp_path / name))
+        change(folder)
+        return soak.check(folder)
+
+    def twice(folder):
+        packs = folder / "stream" / "packs.jsonl"
+        lines = packs.read_text().splitlines(keepends=True)
+        packs.write_text("".join([*lines, lines[-1]]))
+
+    def lost(folder):
+        manifest = folder / "stream" / "manifest.jsonl"
+        lines = manifest.read_text().splitlines(keepends=True)
+        manifest.write_text("".join(line for line in lines if '"shard": 3,' not in line or "rollouts" not in line))
+
+    def other_weights(folder):
+        path = folder / "student" / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    assert any("trained" in fault for fault in damaged("twice", twice))
+    assert any("generated" in fault for fault in damaged("lost", lost))
+    assert damaged("weights", other_weights) == ["trained again from the stream, the student has other bits"]
+
+
+def wait_for(condition, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds} s in vain")
+
+
+def children(pid: int) -> dict[str, int]:
+    """Role -> pid of the supervisor's children."""
+    found = {}
+    try:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+            if len(words) > 3:
+                found[words[3]] = int(child)
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def start_long(folder: Path, *more: str) -> subprocess.Popen:
+    """A live run that would take minutes, once its trainer has trained a few steps."""
+    words = command(folder, ONE_BEHIND, "data.prompts.count=8000", *more)
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    packs = folder / "stream" / "packs.jsonl"
+    wait_for(lambda: packs.exists() and packs.read_text().count("\n") > 5)
+    return process
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.communicate()
+
+
+def test_processes_that_hang_are_started_again(tmp_path):
+    process = start_long(tmp_path / "run", "processes.timeout_s=25")
+    try:
+        hung = {role: pid for role, pid in children(process.pid).items() if role != "distill"}
+        for pid in hung.values():
+            os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: all(children(process.pid).get(role, pid) != pid for role, pid in hung.items()))
+        packs = tmp_path / "run" / "stream" / "packs.jsonl"
+        before = packs.read_text().count("\n")
+        wait_for(lambda: packs.read_text().count("\n") > before + 4)
+    finally:
+        stop(process)
+    said = (tmp_path / "run" / "logs" / "run.log").read_text()
+    for role in ("rollout", "score"):
+        assert f"npd {role} gave no sign of life for" in said
+        assert f"npd {role} was killed by SIGKILL; restart 1 of 5" in said
+
+
+def test_a_process_that_never_stays_alive_ends_the_run(tmp_path):
+    process = start_long(tmp_path / "run", "processes.restarts=1")
+    try:
+        for _ in range(2):
+            pid = wait_for(lambda: children(process.pid).get("score"))
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda pid=pid: children(process.pid).get("score", pid) != pid or process.poll() is not None)
+        _, said = process.communicate(timeout=60)
+    finally:
+        stop(process)
+    assert process.returncode == 2
+    assert "npd score was killed by SIGKILL, after 1 restarts (processes.restarts)" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_no_process_outlives_the_supervisor(tmp_path, signal_):
+    process = start_long(tmp_path / "run")
+    alive = children(process.pid)
+    assert alive.keys() == {"distill", "rollout", "score"}
+    os.kill(process.pid, signal_)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if signal_ == signal.SIGINT else -9)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive.values()), 10)
+
+
+def test_a_damaged_shard_ends_the_run_and_is_named(reference, tmp_path):
+    folder = replayed(reference, tmp_path / "run")
+    shard = sorted((folder / "stream").glob("scores-*-00007.parquet"))[0]
+    shard.write_bytes(b"rotten")
+    done = npd_on("run", folder)
+    assert done.returncode == 2
+    assert f"{shard.name}: differs from the checksum in manifest.jsonl" in done.stderr
+
+
+def test_other_samples_than_were_trained_on_are_not_taken_for_them(reference, tmp_path):
+    folder = replayed(reference, tmp_path / "run")
+    packs = folder / "stream" / "packs.jsonl"
+    lines = packs.read_text().splitlines(keepends=True)
+    lines[3] = lines[3].replace("prompts:", "others:", 1)
+    packs.write_text("".join(lines))
+    done = npd_on("distill", folder)
+    assert done.returncode == 2
+    assert "packs.jsonl: step 3 was trained on other samples" in done.stderr
+
+
+def test_a_teacher_that_breaks_on_the_way_ends_the_run_with_its_own_words(tmp_path):
+    """Its weights are replaced while it runs; what a new worker loads knows nothing."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "teacher"))
+    process = start_long(tmp_path / "run", f"teacher.path={teacher}")
+    try:
+        model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(teacher).config)
+        model.save_pretrained(teacher)
+        os.kill(children(process.pid)["score"], signal.SIGKILL)
+        _, said = process.communicate(timeout=90)
+    finally:
+        stop(process)
+    assert process.returncode == 2
+    assert "the teacher's loss on 60 reference answers" in said
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_workers_share_the_shards_of_a_cycle(tmp_path):
+    """Two workers of each kind in the schedule without stream: every shard once, decided once."""
+    settings = ["npd.refresh_after=[1]", "npd.epochs=2", "data.prompts.count=150"]
+    assert npd(tmp_path / "two", *settings, "processes={rollout: 2, teacher: 2}").returncode == 0
+    assert npd(tmp_path / "one", *settings).returncode == 0
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+    run = reopen_run(tmp_path / "two")
+    assert len(run.stream.entries("rollouts", 1)) == len(run.stream.entries("scores", 1)) == 4
