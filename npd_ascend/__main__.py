@@ -43,9 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         place.add_argument("--config", type=Path, help="YAML of the run; its folder is made or continued")
         place.add_argument("--run", type=Path, help="an existing run folder")
         if worker:
-            command.add_argument(
-                "--version", type=int, help="student weights that generate (default 0); not with npd.stream"
-            )
+            command.add_argument("--set", type=int, help="of rollouts, one per phase (default 0); not with npd.stream")
             command.add_argument("--worker", type=int, metavar="N", help="do the share of worker N; default: all")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted override, with --config")
         return command
@@ -150,13 +148,13 @@ def _worker_stage(args: argparse.Namespace, work, live) -> int:
     if args.worker is not None and not 0 <= args.worker < most:
         raise UserError(f"--worker {args.worker}: the run has {most} of them, counted from 0 (processes)")
     if npd and npd.stream:
-        if args.version is not None:
-            raise UserError("--version is not for a run with npd.stream, whose shards choose their version; remove it")
+        if args.set is not None:
+            raise UserError("--set is not for a run with npd.stream, whose shards are one set; remove it")
         _timed(run, _name(args), lambda: live(run, args.worker))
     else:
-        version = args.version or 0
-        label = worker_name(f"{args.command}-v{version}", args.worker)
-        _timed(run, _name(args), lambda: work(run, version, args.worker), label)
+        number = args.set or 0
+        label = worker_name(f"{args.command}-v{number}", args.worker)
+        _timed(run, _name(args), lambda: work(run, number, args.worker), label)
     return 0
 
 

@@ -181,16 +181,21 @@ class StreamConfig(_Section):
 class NpdConfig(TrainConfig):
     epochs: int = Field(10, ge=1)  # with stream: passes over data.prompts, every one with fresh answers
     refresh_after: tuple[int, ...] = (5,)  # new rollouts by the student as it is after these epochs
+    overlap: bool = False  # a set is generated while the set before it trains, by the student at that phase's start
     stream: StreamConfig | None = None  # in the place of refresh_after and packs_per_step
     lambda_: float = Field(0.9, ge=0, le=1, alias="lambda")
     targets: Literal["renormalised", "tail"] = "renormalised"
+
+    def generator_of(self, number: int) -> int:
+        """The weight version that generates set `number` of the schedule without stream."""
+        return max(0, number - self.overlap)
 
     @model_validator(mode="before")
     @classmethod
     def _one_schedule(cls, raw: Any) -> Any:
         if not isinstance(raw, dict) or raw.get("stream") is None:
             return raw
-        for key, unset in (("refresh_after", []), ("packs_per_step", 1)):
+        for key, unset in (("refresh_after", []), ("packs_per_step", 1), ("overlap", False)):
             if raw.get(key) not in (None, (), unset):
                 raise ValueError(f"{key} is not for npd.stream, which goes by steps of whole shards; set it to {unset}")
         return raw | {"refresh_after": ()}

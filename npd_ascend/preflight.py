@@ -80,8 +80,9 @@ def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) 
     if config.npd.stream:
         return [_stream_line(config, open_pacing(config, tokenizer))]
     return [
-        f"npd      epochs {phase.first + 1}-{phase.last} on {len(wanted) - len(heldout)} rollouts of version "
-        f"{phase.version} (+ {len(heldout)} held-out), at most {config.rollout.max_new_tokens} new tokens"
+        f"npd      epochs {phase.first + 1}-{phase.last} on {len(wanted) - len(heldout)} rollouts of set "
+        f"{phase.number} by version {phase.version} (+ {len(heldout)} held-out), "
+        f"at most {config.rollout.max_new_tokens} new tokens"
         for phase in phases(config.npd)
     ]
 

@@ -16,11 +16,11 @@ from npd_ascend.tokenizer import ChatTokenizer
 Wanted = tuple[Prompt, int]
 
 
-def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]]:
-    """All samples of one weight version in shards of rollout.batch_size, held-out prompts last.
+def wanted_shards(config: Config, tokenizer: ChatTokenizer, number: int = 0) -> list[list[Wanted]]:
+    """All samples of set `number` in shards of rollout.batch_size, held-out prompts last.
 
     With npd.stream: of the whole run, a fresh answer per prompt and epoch, every epoch in an order of its own, and
-    the held-out prompts in shards of their own. The same for every version and every restart: a shard is generated as
+    the held-out prompts in shards of their own. The same for every set and every restart: a shard is generated as
     one batch, so its numbers cannot depend on where an earlier process was killed.
     """
     room = max_prompt_tokens(config, config.rollout.max_new_tokens)
@@ -28,7 +28,10 @@ def wanted_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]
     heldout = [(prompt, 0) for prompt in read_heldout(config, tokenizer, config.rollout.max_new_tokens)]
     answers, size = config.rollout.samples_per_prompt, config.rollout.batch_size
     if config.npd is None or config.npd.stream is None:
-        return _cut([(prompt, index) for prompt in training for index in range(answers)] + heldout, size)
+        wanted = [(prompt, index) for prompt in training for index in range(answers)] + heldout
+        # with overlap one version generates two sets, and asked for the same samples it would give the same answers
+        again = number * answers if config.npd and config.npd.overlap else 0
+        return _cut([(prompt, index + again) for prompt, index in wanted], size)
     wanted = []
     for epoch in range(config.npd.epochs):
         order = np.random.Generator(np.random.PCG64([config.run.seed, epoch])).permutation(len(training) * answers)

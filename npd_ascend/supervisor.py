@@ -53,10 +53,15 @@ def recipe(config: Config) -> list[list[Process]]:
             [Process("distill", ["distill"], watched=True), *_workers(config, "rollout"), *_workers(config, "score")]
         ]
     elif config.npd:
-        for phase in phases(config.npd):
-            version = ["--version", str(phase.version)]
-            groups += [_workers(config, "rollout", version), _workers(config, "score", version)]
-            groups += [[Process("distill", ["distill"])]]
+        plan, distill = phases(config.npd), Process("distill", ["distill"])
+        sets = [
+            [_workers(config, role, ["--set", str(phase.number)]) for role in ("rollout", "score")] for phase in plan
+        ]
+        if config.npd.overlap:
+            groups += sets[0]
+            groups += [[distill, *rollouts, *scores] for rollouts, scores in sets[1:]] + [[distill]]
+        else:
+            groups += [group for rollouts, scores in sets for group in (rollouts, scores, [distill])]
     return [*groups, [Process("eval", ["eval"])], [Process("report", ["report"])]]
 
 

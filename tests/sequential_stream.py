@@ -26,10 +26,10 @@ def main() -> None:
 
         def make(shard: int) -> None:
             version = run.weights.newest()[0]
-            maker.make(shard, version)
+            maker.make(shard, version, version)
             rollouts = run.stream.read_shard(run.stream.shards("rollouts")[shard])
             dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
-            scores = {score.sample_id: score for score in reader.score(shard, rollouts, dropped)}
+            scores = {score.sample_id: score for score in reader.score(version, shard, rollouts, dropped)}
             reader.decide(version, shard, rollouts, scores, dropped)
 
         for shard in pacing.heldout:

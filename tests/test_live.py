@@ -287,11 +287,43 @@ def test_a_teacher_that_breaks_on_the_way_ends_the_run_with_its_own_words(tmp_pa
     assert not (tmp_path / "run" / "student").exists()
 
 
+def test_a_cycle_with_overlap_is_the_same_by_hand(tmp_path):
+    """Set 1 is generated while set 0 trains, by the weights that phase 0 starts from: other samples of version 0."""
+    settings = ["npd.refresh_after=[1]", "npd.epochs=2", "data.prompts.count=150", "npd.overlap=true"]
+    done = npd(tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stderr
+    hand = tmp_path / "hand"
+    assert npd(hand, *settings, name="sft").returncode == 0
+    for number in "01":
+        for words in (["rollout", "--set", number], ["score", "--set", number], ["distill"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "npd_ascend", words[0], "--run", str(hand), *words[1:]], capture_output=True
+            )
+            assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "run") == weights(hand)
+    run = reopen_run(hand)
+    samples = [{rollout.sample_id for rollout in run.stream.read("rollouts", number)} for number in range(2)]
+    assert samples[0].isdisjoint(samples[1])
+    assert all(rollout.weight_version == 0 for rollout in run.stream.read("rollouts", 1))
+    started = {row["stage"]: row["started"] for row in map(json.loads, (tmp_path / "run/logs/stages.jsonl").open())}
+    ended = [
+        row["started"] + row["seconds"]
+        for row in map(json.loads, (tmp_path / "run/logs/stages.jsonl").open())
+        if row["stage"] == "distill"
+    ]
+    assert started["rollout-v1"] < ended[0]  # side by side
+
+
 def test_workers_share_the_shards_of_a_cycle(tmp_path):
-    """Two workers of each kind in the schedule without stream: every shard once, decided once."""
-    settings = ["npd.refresh_after=[1]", "npd.epochs=2", "data.prompts.count=150"]
-    assert npd(tmp_path / "two", *settings, "processes={rollout: 2, teacher: 2}").returncode == 0
-    assert npd(tmp_path / "one", *settings).returncode == 0
-    assert weights(tmp_path / "two") == weights(tmp_path / "one")
-    run = reopen_run(tmp_path / "two")
-    assert len(run.stream.entries("rollouts", 1)) == len(run.stream.entries("scores", 1)) == 4
+    """Two workers of each kind make the files that one makes, and the first of the teacher's decides."""
+    settings = ["data.prompts.count=150", "npd.refresh_after=[1]", "npd.epochs=2"]
+    assert npd(tmp_path / "two", *settings, "processes={rollout: 2, teacher: 2}", name="sft").returncode == 0
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    for role in ("rollout", "score"):
+        words = [sys.executable, "-m", "npd_ascend", role, "--run"]
+        workers = [subprocess.Popen([*words, tmp_path / "two", "--worker", number]) for number in "01"]
+        assert [worker.wait() for worker in workers] == [0, 0]
+        assert subprocess.run([*words, tmp_path / "one"], check=False).returncode == 0
+    one, two = (reopen_run(tmp_path / name).stream for name in ("one", "two"))
+    assert len(one.every()) == 4 + 4 + 1
+    assert sorted(map(str, one.every())) == sorted(map(str, two.every()))  # checksums among them

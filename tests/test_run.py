@@ -154,9 +154,9 @@ def test_stages_by_hand_give_the_same_weights(reference, tmp_path):
     folder = tmp_path / "run"
     assert "nothing is scored yet" in refused(npd("distill", folder))
     assert npd("sft", folder).returncode == 0
-    assert "0 of 6 rollout shards of version 0" in refused(npd("score", folder))
-    for version in "01":
-        for stage in (["rollout", "--version", version], ["score", "--version", version], ["distill"]):
+    assert "0 of 6 rollout shards of set 0" in refused(npd("score", folder))
+    for number in "01":
+        for stage in (["rollout", "--set", number], ["score", "--set", number], ["distill"]):
             assert npd_on(stage[0], folder, *stage[1:]).returncode == 0
     assert weights(folder) == weights(reference)
 

@@ -157,7 +157,10 @@ def _shown(versions: Sequence[Version]) -> list[Version]:
 
 def _version(run: RunFolder, version: Version, published: Mapping[int, int]) -> dict:
     """One card of the filter section."""
-    config, number = run.config, version.version
+    config, number, title = run.config, version.version, f"Version {version.version}"
+    if not config.npd.stream:
+        number = config.npd.generator_of(version.version)
+        title = f"Set {version.version}" if config.npd.overlap else title
     if number == 0:
         made_by = "the student after SFT" if config.sft else "the student as given"
     elif config.npd.stream:
@@ -170,7 +173,8 @@ def _version(run: RunFolder, version: Version, published: Mapping[int, int]) -> 
     order = ["kept", *(reason for reason in training if reason != "kept")]
     heldout = version.kept.get("heldout")
     return {
-        "number": number,
+        "number": version.version,
+        "title": title,
         "made_by": made_by,
         "figure": plots.delta_histogram(version, config.filters),
         "counts": [{"reason": reason} | training[reason] for reason in order if reason in training],

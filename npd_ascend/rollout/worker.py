@@ -24,25 +24,25 @@ from npd_ascend.weights.canary import compare, read_probes
 CANARY_NATS = {"float32": 2e-3, "bfloat16": 0.1}
 
 
-def run_rollouts(run: RunFolder, version: int, worker: int | None) -> None:
-    """Commit every missing rollout shard of `version`; nothing to do is a quick no.
+def run_rollouts(run: RunFolder, number: int, worker: int | None) -> None:
+    """Commit every missing rollout shard of set `number`; nothing to do is a quick no.
 
     worker: makes its share among config.processes.rollout of them; None makes all.
     """
     run.needs_npd()
     tokenizer = ChatTokenizer(run.config.student.path)
-    shards = wanted_shards(run.config, tokenizer)
-    committed = run.stream.entries("rollouts", version)
+    shards = wanted_shards(run.config, tokenizer, number)
+    committed, version = run.stream.entries("rollouts", number), run.config.npd.generator_of(number)
     mine = share(range(len(shards)), worker, run.config.processes.rollout)
     if missing := [shard for shard in mine if shard not in committed]:
         total = sum(len(shards[shard]) for shard in mine)
         done = total - sum(len(shards[shard]) for shard in missing)
         with (
-            open_maker(run, tokenizer, shards, f"rollout-v{version}", worker) as maker,
-            progress(f"rollout v{version}", total, "samples", done) as bar,
+            open_maker(run, tokenizer, shards, f"rollout-v{number}", worker) as maker,
+            progress(f"rollout v{number}", total, "samples", done) as bar,
         ):
             for shard in missing:
-                bar.update(maker.make(shard, version))
+                bar.update(maker.make(shard, version, number))
 
 
 def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
@@ -67,7 +67,7 @@ def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
                 partial(_may_begin, run, pacing, shard), f"the trainer to reach shard {shard}"
             )
             version = 0 if shard in pacing.heldout else run.weights.newest()[0]
-            bar.update(maker.make(shard, version, waited))
+            bar.update(maker.make(shard, version, version, waited))
 
 
 def _may_begin(run: RunFolder, pacing: Pacing, shard: int) -> bool:
@@ -97,12 +97,15 @@ class Maker:
         self.heartbeat.beat()
         return time.perf_counter() - started
 
-    def make(self, shard: int, version: int, waited: float = 0.0) -> int:
-        """Generate and commit one shard; returns its samples. waited: seconds that it had to, for the log."""
+    def make(self, shard: int, version: int, number: int, waited: float = 0.0) -> int:
+        """Generate one shard with weights `version` and commit it to set `number`; returns its samples.
+
+        waited: seconds that it had to, for the log.
+        """
         loading = self.load(version)
         started = time.perf_counter()
         rollouts = generate(self._engine, self._shards[shard], self._run, version)
-        self._run.stream.commit("rollouts", version, shard, rollouts)
+        self._run.stream.commit("rollouts", number, shard, rollouts)
         seconds, tokens = time.perf_counter() - started, sum(r.answer_len for r in rollouts)
         self.metrics.log(
             shard,

@@ -26,22 +26,26 @@ from npd_ascend.teacher.served import open_served
 from npd_ascend.tokenizer import ChatTokenizer
 
 
-def run_scoring(run: RunFolder, version: int, worker: int | None) -> None:
-    """Commit every missing score shard of `version`, then one shard of decisions.
+def run_scoring(run: RunFolder, number: int, worker: int | None) -> None:
+    """Commit every missing score shard of set `number`, then one shard of decisions.
 
     Score shard i holds the rollouts of rollout shard i that pass the free filters. worker: scores its share among
     config.processes.teacher of them, and number 0 waits for the others and decides; None does all.
     """
     run.needs_npd()
-    entries, committed = run.stream.entries("rollouts", version), run.stream.entries("scores", version)
-    if run.stream.entries("decisions", version) and entries.keys() == committed.keys():
+    entries, committed = run.stream.entries("rollouts", number), run.stream.entries("scores", number)
+    if run.stream.entries("decisions", number) and entries.keys() == committed.keys():
         return
     tokenizer = ChatTokenizer(run.config.student.path)
-    expected = len(wanted_shards(run.config, tokenizer))
+    expected = len(wanted_shards(run.config, tokenizer, number))
+    if run.config.npd.overlap:  # they are being generated beside
+        is_generated = partial(_is_generated, run, number, expected)
+        run.heartbeat(worker_name("score", worker)).wait(is_generated, f"rollouts of set {number}")
+        entries = run.stream.entries("rollouts", number)
     if len(entries) < expected:
         raise UserError(
-            f"{run.stream.folder}: {len(entries)} of {expected} rollout shards of version {version} are there; "
-            f"run `npd rollout --run {run.path} --version {version}` first"
+            f"{run.stream.folder}: {len(entries)} of {expected} rollout shards of set {number} are there; "
+            f"run `npd rollout --run {run.path} --set {number}` first"
         )
     shards = {shard: run.stream.read_shard(entry) for shard, entry in sorted(entries.items())}
     rollouts = [rollout for shard in shards.values() for rollout in shard]
@@ -49,17 +53,17 @@ def run_scoring(run: RunFolder, version: int, worker: int | None) -> None:
     mine = share(list(shards), worker, run.config.processes.teacher)
     total, missing = sum(len(shards[shard]) for shard in mine), [shard for shard in mine if shard not in committed]
     done = total - sum(len(shards[shard]) for shard in missing)
-    with open_reader(run, tokenizer, f"score-v{version}", worker) as reader:
-        with progress(f"score v{version}", total, "samples", done) as bar:
+    with open_reader(run, tokenizer, f"score-v{number}", worker) as reader:
+        with progress(f"score v{number}", total, "samples", done) as bar:
             for shard in missing:
-                reader.score(shard, shards[shard], dropped)
+                reader.score(number, shard, shards[shard], dropped)
                 bar.update(len(shards[shard]))
         if worker in (None, 0):
             reader.heartbeat.wait(
-                lambda: run.stream.entries("scores", version).keys() == shards.keys(), "the other teacher workers"
+                lambda: run.stream.entries("scores", number).keys() == shards.keys(), "the other teacher workers"
             )
-            scores = {score.sample_id: score for score in run.stream.read("scores", version)}
-            reader.decide(version, 0, rollouts, scores, dropped)
+            scores = {score.sample_id: score for score in run.stream.read("scores", number)}
+            reader.decide(number, 0, rollouts, scores, dropped)
 
 
 def run_live_scoring(run: RunFolder, worker: int | None) -> None:
@@ -79,15 +83,20 @@ def run_live_scoring(run: RunFolder, worker: int | None) -> None:
     done = total - sum(len(pacing.shards[shard]) for shard in missing)
     with open_reader(run, tokenizer, "score", worker) as reader, progress("score", total, "samples", done) as bar:
         for shard in missing:
-            waited = reader.heartbeat.wait(partial(_is_generated, run, shard), f"rollouts of shard {shard}")
+            waited = reader.heartbeat.wait(partial(_is_shard_generated, run, shard), f"rollouts of shard {shard}")
             rollouts = run.stream.read_shard(run.stream.shards("rollouts")[shard])
+            version = rollouts[0].weight_version
             dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
-            scores = {score.sample_id: score for score in reader.score(shard, rollouts, dropped, waited)}
-            reader.decide(rollouts[0].weight_version, shard, rollouts, scores, dropped)
+            scores = {score.sample_id: score for score in reader.score(version, shard, rollouts, dropped, waited)}
+            reader.decide(version, shard, rollouts, scores, dropped)
             bar.update(len(rollouts))
 
 
-def _is_generated(run: RunFolder, shard: int) -> bool:
+def _is_generated(run: RunFolder, number: int, shards: int) -> bool:
+    return len(run.stream.entries("rollouts", number)) == shards
+
+
+def _is_shard_generated(run: RunFolder, shard: int) -> bool:
     return shard in run.stream.shards("rollouts")
 
 
@@ -102,9 +111,9 @@ class Reader:
         self.metrics, self.heartbeat = MetricsLog(run.path, name), run.heartbeat(name)
 
     def score(
-        self, shard: int, rollouts: Sequence[Rollout], dropped: Mapping[str, str], waited: float = 0.0
+        self, number: int, shard: int, rollouts: Sequence[Rollout], dropped: Mapping[str, str], waited: float = 0.0
     ) -> list[Score]:
-        """Score and commit what passed the free filters. waited: seconds for the shard, for the log."""
+        """Score and commit what passed the free filters, to set `number`. waited: seconds for it, for the log."""
         config, name = self._run.config.teacher, str(self._run.config.teacher.path)
         vocab_size = shared_vocab_size(self._run.config)
         self._load(rollouts[0].weight_version)
@@ -120,7 +129,7 @@ class Reader:
         )
         if scores:
             check_scores(scores, vocab_size, name)
-        self._run.stream.commit("scores", rollouts[0].weight_version, shard, scores)
+        self._run.stream.commit("scores", number, shard, scores)
         tokens, seconds = sum(len(rollout.token_ids) for rollout in passing), time.perf_counter() - started
         self.metrics.log(
             shard,
@@ -135,7 +144,7 @@ class Reader:
 
     def decide(
         self,
-        version: int,
+        number: int,
         shard: int,
         rollouts: Sequence[Rollout],
         scores: Mapping[str, Score],
@@ -143,7 +152,7 @@ class Reader:
     ) -> None:
         """Commit one decision for each of `rollouts`."""
         decisions = decide(rollouts, scores, dropped, self._run.config.filters)
-        self._run.stream.commit("decisions", version, shard, decisions)
+        self._run.stream.commit("decisions", number, shard, decisions)
         if trainable := [decision for decision in decisions if decision.reason != "heldout"]:
             self.metrics.log(shard, filter__kept=sum(decision.kept for decision in trainable) / len(trainable))
         self.heartbeat.beat()
