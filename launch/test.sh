@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh
-environment .venv-test requirements.txt requirements-dev.txt
+environment .venv-test requirements.txt requirements-dev.txt requirements-ray.txt
 bin=.venv-test/bin
 $bin/ruff format --check .
 $bin/ruff check .

@@ -59,6 +59,10 @@ class ProcessConfig(_Section):
     teacher: int = Field(1, ge=1)
     restarts: int = Field(5, ge=0)  # of each process that was killed, crashed or gave no sign of life
     timeout_s: int = Field(600, ge=1)  # without a sign of life; more than a shard takes
+    # HOST:PORT of a Ray cluster on which the workers are placed; none: all on this host
+    ray: str | None = Field(None, pattern=r"^[^:\s]+:\d+$")
+    rollout_needs: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}  # resources of Ray that a worker takes
+    teacher_needs: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}
 
 
 class StudentConfig(_Section):

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -14,6 +14,7 @@ from npd_ascend.config import Config
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.preflight import check_run
+from npd_ascend.ray_nodes import RayProcess, join_cluster
 from npd_ascend.runfolder import RunFolder, worker_name
 from npd_ascend.trainer.stages import phases
 
@@ -31,11 +32,14 @@ class Process:
     arguments: list[str]
     # it gives signs of life, and is started again when it crashed as well as when it was killed
     watched: bool = False
+    needs: Mapping[str, float] | None = None  # a worker, and what it takes of a Ray cluster
 
 
 def run_recipe(run: RunFolder) -> int:
     """SFT, rollouts, scoring and distillation, evaluation and report; returns the exit code."""
     print(check_run(run.config), flush=True)
+    if run.config.processes.ray:
+        join_cluster(run.config)
     for group in recipe(run.config):
         code = _run_group(run, group)
         if code != 0:
@@ -66,11 +70,15 @@ def recipe(config: Config) -> list[list[Process]]:
 
 
 def _workers(config: Config, role: str, arguments: Sequence[str] = ()) -> list[Process]:
-    count = config.processes.rollout if role == "rollout" else config.processes.teacher
+    processes = config.processes
+    rollout = role == "rollout"
+    count, needs = (
+        (processes.rollout, processes.rollout_needs) if rollout else (processes.teacher, processes.teacher_needs)
+    )
     if count == 1:
-        return [Process(role, [role, *arguments], watched=True)]
+        return [Process(role, [role, *arguments], watched=True, needs=needs)]
     return [
-        Process(worker_name(role, number), [role, *arguments, "--worker", str(number)], watched=True)
+        Process(worker_name(role, number), [role, *arguments, "--worker", str(number)], watched=True, needs=needs)
         for number in range(count)
     ]
 
@@ -78,7 +86,7 @@ def _workers(config: Config, role: str, arguments: Sequence[str] = ()) -> list[P
 @dataclass(slots=True)
 class _Running:
     process: Process
-    child: subprocess.Popen
+    child: subprocess.Popen | RayProcess
     started: float  # time.time(), as file times are
     restarts: int = 0
     log: Path | None = None
@@ -115,7 +123,10 @@ def _run_group(run: RunFolder, group: list[Process]) -> int:
 
 def _start(run: RunFolder, process: Process, *, first: bool, restarts: int = 0) -> _Running:
     command = [sys.executable, "-m", "npd_ascend", process.arguments[0], "--run", str(run.path), *process.arguments[1:]]
-    log = None if first else run.logs / f"{process.name}.log"
+    path = run.logs / f"{process.name}.log"
+    if run.config.processes.ray and process.needs:
+        return _Running(process, RayProcess(command, path, process.needs), time.time(), restarts, path)
+    log = None if first else path
     output: IO | None = log.open("a") if log else None
     try:
         child = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=die_with_parent)

@@ -1,0 +1,92 @@
+"""A run over the nodes of a real Ray cluster, one of which dies. The nodes are processes on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_live import ONE_BEHIND, command, npd, soak, wait_for  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+BIN = Path(sys.executable).parent
+
+
+class Node:
+    """`ray start` in a process group of its own; its processes die with it."""
+
+    def __init__(self, folder: Path, *options: str):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2", *options]
+        self._log = folder / f"ray{len(list(folder.glob('ray*.log')))}.log"
+        with self._log.open("w") as output:
+            self.process = subprocess.Popen(
+                words, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def up(self) -> bool:
+        assert self.process.poll() is None, self._log.read_text()
+        return "Ray runtime started" in self._log.read_text()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """(address, a function that adds a node)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = []
+
+    def add(*options: str) -> Node:
+        nodes.append(Node(tmp_path, "--node-ip-address=127.0.0.1", *options))
+        wait_for(nodes[-1].up)
+        return nodes[-1]
+
+    add("--head", f"--port={address.split(':')[1]}", "--include-dashboard=false", '--resources={"room": 1}')
+    yield address, lambda *options: add(f"--address={address}", *options)
+    for node in reversed(nodes):
+        node.kill()
+
+
+def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
+    address, add = cluster
+    second = add('--resources={"room": 1}')
+    processes = f"processes={{rollout: 2, rollout_needs: {{room: 1}}, ray: '{address}'}}"
+    words = command(tmp_path / "run", ONE_BEHIND, processes, "data.prompts.count=3000")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        packs = tmp_path / "run" / "stream" / "packs.jsonl"
+        wait_for(lambda: packs.exists() and packs.read_text().count("\n") > 3, 240)
+        second.kill()
+        log = tmp_path / "run" / "logs" / "run.log"
+        wait_for(lambda: "Ray lost it" in log.read_text())
+        add('--resources={"room": 1}')  # it takes the place of the other, while the run runs
+        _, said = process.communicate(timeout=400)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, said
+    assert "crashed with exit code 1; restart 1 of 5" in log.read_text()
+    assert soak.check(tmp_path / "run") == []
+
+
+def test_a_cluster_without_room_and_one_that_is_not_there_are_refused(cluster, tmp_path):
+    done = npd(
+        tmp_path / "run", ONE_BEHIND, f"processes={{rollout: 2, rollout_needs: {{room: 1}}, ray: '{cluster[0]}'}}"
+    )
+    assert done.returncode == 2
+    assert "processes.rollout=2 with 1 room each, but the Ray cluster at" in done.stderr.splitlines()[-1]
+    started = time.monotonic()
+    done = npd(tmp_path / "run", ONE_BEHIND, "processes={ray: '127.0.0.1:1'}")
+    assert done.returncode == 2
+    assert "no Ray cluster answers there" in done.stderr.splitlines()[-1]
+    assert time.monotonic() - started < 120
