@@ -165,7 +165,7 @@ class StreamConfig(_Section):
     shards_per_step: int = Field(1, ge=1)  # the global batch, in shards of rollout.batch_size answers
     max_lag: int = Field(1, ge=0)  # versions that a sample may be behind when it is trained on
     publish_every: int = Field(16, ge=1)  # steps from version to version; with publish_at_kl the longest interval
-    publish_at_kl: float | None = Field(None, gt=0)  # publish once KL(current || newest version) passes it; nats/token
+    publish_at_kl: float | None = Field(None, gt=0)  # publish once KL(current || generator) passes it; nats/token
     publish_not_before: int = Field(4, ge=1)  # steps; the shortest interval with publish_at_kl
 
     @model_validator(mode="after")

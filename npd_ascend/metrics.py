@@ -17,7 +17,7 @@ METRICS = {
     "train/busy_s": ("s", "of the step itself"),
     "train/lag": ("versions", "by which the generators of the step's samples were behind the newest version, mean"),
     "train/lag_max": ("versions", "the same, most"),
-    "train/drift": ("nats/token", "KL(current || newest version) on samples of the step, estimator r log r - r + 1"),
+    "train/drift": ("nats/token", "KL(current || generator) on samples of the step, estimator r log r - r + 1"),
     "publish/version": ("", "weight version that was published"),
     "publish/busy_s": ("s", "of publishing it: checkpoint, canary, gathering from the ranks, writing"),
     "heldout/kl_teacher": ("nats/token", "KL(teacher || student) on held-out rollouts of version 0, teacher's top-k"),

@@ -73,6 +73,7 @@ def test_a_live_run_leaves_all_it_promises(reference):
     summary = json.loads((reference / "summary.json").read_text())
     assert summary["processes"].keys() == {"rollout-0", "rollout-1", "score-0", "score-1", "npd"}
     assert all(spent["busy"] > 0 for spent in summary["processes"].values())
+    assert summary["seconds_total"] < 0.8 * sum(summary["seconds"].values())  # side by side counts once
     rows = read_metrics(reference)
     steps = [row["step"] for row in rows if "train/lag" in row]
     assert steps == list(range(19))
@@ -103,8 +104,6 @@ def test_drift_publishes_before_the_interval_is_over(tmp_path):
     assert published
     assert all(drift[step] > 0.001 for step in published)
     assert all(later - earlier >= 2 for earlier, later in zip([0, *published], published, strict=False))
-    # version 1 made, a step with samples of version 0 alone does not count: the drift is from the newest version
-    assert all(step in drift for step in published)
 
 
 def test_the_ranks_of_the_trainer_wait_together(reference, tmp_path):

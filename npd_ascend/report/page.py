@@ -131,7 +131,7 @@ def _stream_curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
     limit = plots.DRIFT_LIMIT if stream.publish_at_kl is None else stream.publish_at_kl
     drift = plots.step_curve(rows, "train/drift", "nats/token", published=published, limit=limit)
     what = "paper's" if stream.publish_at_kl is None else "publish_at_kl"
-    drift_note = f"KL(current ‖ newest version) on samples of the step; dotted: new weights; dashed: {what} {limit:.2f}"
+    drift_note = f"KL(current ‖ generator) on samples of the step; dotted: new weights; dashed: {what} {limit:.2f}"
     lag = plots.step_curve(rows, "train/lag", "versions", published=published)
     lag_note = f"versions that the samples of a step are behind, mean; at most {stream.max_lag}"
     return [

@@ -58,7 +58,7 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         },
         "steps": {stage: len(steps[stage]) for stage in TRAINED},
         "seconds": seconds,
-        "seconds_total": sum(seconds.values()),
+        "seconds_total": seconds_in_all(run),
         "pack_fill": {stage: _last(rows, stage, "pack/fill") for stage in TRAINED},
     }
 
@@ -79,16 +79,29 @@ def stage_seconds(run: RunFolder) -> dict[str, float]:
 
     `report` itself is left out, so that asking twice gives the same answer.
     """
-    path = run.logs / "stages.jsonl"
     seconds: dict[str, float] = {}
+    for row in _stages(run):
+        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+    return seconds
+
+
+def seconds_in_all(run: RunFolder) -> float:
+    """Wall seconds in which any stage ran: those that ran side by side count once."""
+    total, end = 0.0, 0.0
+    for row in sorted(_stages(run), key=lambda row: row["started"]):
+        total += max(0.0, row["started"] + row["seconds"] - max(end, row["started"]))
+        end = max(end, row["started"] + row["seconds"])
+    return total
+
+
+def _stages(run: RunFolder) -> list[dict]:
+    path, rows = run.logs / "stages.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue  # torn by a kill
-        if row["stage"] != "report":
-            seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
-    return seconds
+    return [row for row in rows if row["stage"] != "report"]
 
 
 def terminal_table(config: Config, summary: dict) -> str:

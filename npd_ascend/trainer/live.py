@@ -151,13 +151,12 @@ class LiveTrainer:
         return [[by_id[name] for name in pack] for pack in packs]
 
     def _drift(self, rollouts: Sequence[Rollout]) -> float | None:
-        """KL(current || newest version), where the interval is over and the step has samples of that version."""
-        version, since = self.cursor["version"], self.cursor["step"] + 1 - self.cursor["published_at"]
-        live = [rollout for rollout in rollouts if rollout.weight_version == version]
-        if since % self.pacing.stream.shortest_interval or not live:
+        """KL(current || generator) on what is about to be trained on, where a version may follow this step."""
+        since = self.cursor["step"] + 1 - self.cursor["published_at"]
+        if since % self.pacing.stream.shortest_interval or not rollouts:
             return None
         batches = make_generated(
-            live,
+            rollouts,
             pack_tokens=self._run.config.npd.pack_tokens,
             device=self._model.embed.weight.device,
             multiple_of=self._mesh.row_multiple,
