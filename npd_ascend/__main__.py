@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = add("run", "the whole recipe: SFT, rollouts, scoring, distillation, evaluation, report")
     run.add_argument("--dry-run", action="store_true", help="check everything and print the plan, train nothing")
+    add("processes", "every process of a run with its environment and command line; needs no device and no model")
     add("sft", "supervised warm-up on data.gold")
     add("rollout", "let the student answer data.prompts and data.heldout", worker=True)
     add("score", "teacher prefill, Δ-IFD, decisions", worker=True)
@@ -176,6 +177,16 @@ def _run(args: argparse.Namespace) -> int:
         return run_recipe(run)
 
 
+def _processes(args: argparse.Namespace) -> int:
+    from npd_ascend.config import load_config
+    from npd_ascend.placement import listing
+    from npd_ascend.runfolder import reopen_run
+
+    _refuse_overrides_of_a_run(args)
+    print(listing(reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)))
+    return 0
+
+
 def _training_stage(args: argparse.Namespace, work) -> int:
     """A stage that has as many processes as the trainer has ranks: this one is a rank, or starts them."""
     from npd_ascend.device import this_rank
@@ -246,6 +257,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "run": _run,
+    "processes": _processes,
     "sft": _sft,
     "rollout": _rollout,
     "score": _score,

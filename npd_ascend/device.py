@@ -1,11 +1,14 @@
 """The only file that names a device or a collective library, and that reads where this process stands among others."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 _COLLECTIVES = {"cpu": "gloo"}
 
 
@@ -47,3 +50,21 @@ def rank_environment(rank: int, world_size: int, rendezvous: str) -> dict[str, s
         "NPD_RENDEZVOUS": rendezvous,
         "GLOO_SOCKET_IFNAME": "lo",
     }
+
+
+def visible_cards(kind: str) -> list[str]:
+    """The accelerators of this host that this process may use; none for a CPU.
+
+    ASCEND_RT_VISIBLE_DEVICES if it is set, else the driver's device files.
+    """
+    if kind == "cpu":
+        return []
+    if listed := os.environ.get(_VISIBLE):
+        return listed.split(",")
+    files = [path.name.removeprefix("davinci") for path in Path("/dev").glob("davinci[0-9]*")]
+    return sorted(files, key=int)
+
+
+def card_environment(cards: Sequence[str]) -> dict[str, str]:
+    """What makes a child of this process see these cards and no others."""
+    return {_VISIBLE: ",".join(cards)}

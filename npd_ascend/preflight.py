@@ -14,6 +14,7 @@ from npd_ascend.model.hf_weights import check_hf_weights
 from npd_ascend.model.load import choose_kernels
 from npd_ascend.pacing import Pacing, open_pacing
 from npd_ascend.parallel.plan import refusal
+from npd_ascend.placement import check_cards
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Prompt
 from npd_ascend.rollout.vllm_versions import require_vllm
@@ -36,6 +37,7 @@ def check_run(config: Config) -> str:
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
     lines.append(f"student  {_millions(student)} ({config.student.init}), {config.student.path}")
     choose_kernels(config.kernels, open_device(config.device.kind, config.device.threads))
+    check_cards(config)
     lines.append(f"kernels  {', '.join(f'{key} {impl}' for key, impl in config.kernels)}")
     if reason := refusal(student, config.parallel.tp):
         raise UserError(f"{config.student.path}/config.json: {reason}; choose another parallel.tp")

@@ -1,38 +1,27 @@
 """`npd run`: the processes of a run, group after group; each skips what is already done."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from npd_ascend.config import Config
+from npd_ascend.device import visible_cards
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
+from npd_ascend.placement import Process, place, recipe
 from npd_ascend.preflight import check_run
 from npd_ascend.ray_nodes import RayProcess, join_cluster
-from npd_ascend.runfolder import RunFolder, worker_name
-from npd_ascend.trainer.stages import phases
+from npd_ascend.runfolder import RunFolder
 
 _POLL_S = 0.1
 # how long the others may take to end after one was interrupted
 _GRACE_S = 10
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One process of a run: `npd ARGUMENTS`."""
-
-    name: str  # of its log, lock and heartbeat
-    arguments: list[str]
-    # it gives signs of life, and is started again when it crashed as well as when it was killed
-    watched: bool = False
-    needs: Mapping[str, float] | None = None  # a worker, and what it takes of a Ray cluster
 
 
 def run_recipe(run: RunFolder) -> int:
@@ -49,44 +38,11 @@ def run_recipe(run: RunFolder) -> int:
     return 0
 
 
-def recipe(config: Config) -> list[list[Process]]:
-    """Groups of processes that run at the same time; the first of a group has the terminal."""
-    groups = [[Process("sft", ["sft"])]] if config.sft else []
-    if config.npd and config.npd.stream:
-        groups += [
-            [Process("distill", ["distill"], watched=True), *_workers(config, "rollout"), *_workers(config, "score")]
-        ]
-    elif config.npd:
-        plan, distill = phases(config.npd), Process("distill", ["distill"])
-        sets = [
-            [_workers(config, role, ["--set", str(phase.number)]) for role in ("rollout", "score")] for phase in plan
-        ]
-        if config.npd.overlap:
-            groups += sets[0]
-            groups += [[distill, *rollouts, *scores] for rollouts, scores in sets[1:]] + [[distill]]
-        else:
-            groups += [group for rollouts, scores in sets for group in (rollouts, scores, [distill])]
-    return [*groups, [Process("eval", ["eval"])], [Process("report", ["report"])]]
-
-
-def _workers(config: Config, role: str, arguments: Sequence[str] = ()) -> list[Process]:
-    processes = config.processes
-    rollout = role == "rollout"
-    count, needs = (
-        (processes.rollout, processes.rollout_needs) if rollout else (processes.teacher, processes.teacher_needs)
-    )
-    if count == 1:
-        return [Process(role, [role, *arguments], watched=True, needs=needs)]
-    return [
-        Process(worker_name(role, number), [role, *arguments, "--worker", str(number)], watched=True, needs=needs)
-        for number in range(count)
-    ]
-
-
 @dataclass(slots=True)
 class _Running:
     process: Process
     child: subprocess.Popen | RayProcess
+    environment: dict[str, str]
     started: float  # time.time(), as file times are
     restarts: int = 0
     log: Path | None = None
@@ -94,7 +50,8 @@ class _Running:
 
 def _run_group(run: RunFolder, group: list[Process]) -> int:
     """Until all have ended with 0, or one with a code that is no reason to start it again."""
-    running = [_start(run, process, first=process is group[0]) for process in group]
+    placed = place(run.config, group, visible_cards(run.config.device.kind))
+    running = [_start(run, process, placed[process.name], first=process is group[0]) for process in group]
     try:
         while running:
             time.sleep(_POLL_S)
@@ -121,19 +78,22 @@ def _run_group(run: RunFolder, group: list[Process]) -> int:
     return 0
 
 
-def _start(run: RunFolder, process: Process, *, first: bool, restarts: int = 0) -> _Running:
-    command = [sys.executable, "-m", "npd_ascend", process.arguments[0], "--run", str(run.path), *process.arguments[1:]]
-    path = run.logs / f"{process.name}.log"
+def _start(
+    run: RunFolder, process: Process, environment: dict[str, str], *, first: bool, restarts: int = 0
+) -> _Running:
+    command, path = process.command(run.config), run.logs / f"{process.name}.log"
     if run.config.processes.ray and process.needs:
-        return _Running(process, RayProcess(command, path, process.needs), time.time(), restarts, path)
+        return _Running(process, RayProcess(command, path, process.needs), environment, time.time(), restarts, path)
     log = None if first else path
     output: IO | None = log.open("a") if log else None
     try:
-        child = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=die_with_parent)
+        child = subprocess.Popen(
+            command, env=os.environ | environment, stdout=output, stderr=output, preexec_fn=die_with_parent
+        )
     finally:
         if output:
             output.close()
-    return _Running(process, child, time.time(), restarts, log)
+    return _Running(process, child, environment, time.time(), restarts, log)
 
 
 def _start_again(run: RunFolder, one: _Running, reason: str, *, first: bool) -> _Running:
@@ -144,7 +104,7 @@ def _start_again(run: RunFolder, one: _Running, reason: str, *, first: bool) -> 
             f"the same command goes on from here"
         )
     _log.warning("npd %s %s; restart %d of %d%s", one.process.name, reason, one.restarts + 1, most, log)
-    return _start(run, one.process, first=first, restarts=one.restarts + 1)
+    return _start(run, one.process, one.environment, first=first, restarts=one.restarts + 1)
 
 
 def _why_again(one: _Running, code: int) -> str | None:

@@ -1,0 +1,119 @@
+"""Which processes a run has, which of them run side by side, and which cards each of them gets.
+
+Processes of one group run side by side and share no card; the next group begins with the first card again. So with
+npd.stream or npd.overlap trainer, rollouts and teacher split the cards, and in the plain cycle they take turns on them.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from npd_ascend.config import Config
+from npd_ascend.device import card_environment, visible_cards
+from npd_ascend.errors import UserError
+from npd_ascend.runfolder import worker_name
+from npd_ascend.trainer.stages import phases
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process of a run: `npd ARGUMENTS`."""
+
+    name: str  # of its log, lock and heartbeat
+    arguments: tuple[str, ...]
+    # it gives signs of life, and is started again when it crashed as well as when it was killed
+    watched: bool = False
+    needs: Mapping[str, float] | None = None  # a worker, and what it takes of a Ray cluster
+    cards: int = 1  # accelerators, where there are some
+
+    def command(self, config: Config) -> list[str]:
+        role, *more = self.arguments
+        return [sys.executable, "-m", "npd_ascend", role, "--run", str(config.run.folder), *more]
+
+
+def recipe(config: Config) -> list[list[Process]]:
+    """Groups of processes; the first of a group has the terminal."""
+    ranks = config.parallel.tp * config.parallel.dp
+    groups = [[Process(name="sft", arguments=("sft",), cards=ranks)]] if config.sft else []
+    live = bool(config.npd and config.npd.stream)
+    distill = Process(name="distill", arguments=("distill",), cards=ranks, watched=live)
+    if live:
+        groups += [[distill, *_workers(config, "rollout"), *_workers(config, "score")]]
+    elif config.npd:
+        sets = [
+            [_workers(config, role, ("--set", str(phase.number))) for role in ("rollout", "score")]
+            for phase in phases(config.npd)
+        ]
+        if config.npd.overlap:
+            groups += sets[0]
+            groups += [[distill, *rollouts, *scores] for rollouts, scores in sets[1:]] + [[distill]]
+        else:
+            groups += [group for rollouts, scores in sets for group in (rollouts, scores, [distill])]
+    groups.append([Process(name="eval", arguments=("eval",))])
+    return [*groups, [Process(name="report", arguments=("report",), cards=0)]]
+
+
+def _workers(config: Config, role: str, arguments: tuple[str, ...] = ()) -> list[Process]:
+    processes = config.processes
+    if role == "rollout":
+        count, needs = processes.rollout, processes.rollout_needs
+    else:
+        count, needs = processes.teacher, processes.teacher_needs
+    if count == 1:
+        return [Process(name=role, arguments=(role, *arguments), watched=True, needs=needs)]
+    return [
+        Process(
+            name=worker_name(role, number),
+            arguments=(role, *arguments, "--worker", str(number)),
+            watched=True,
+            needs=needs,
+        )
+        for number in range(count)
+    ]
+
+
+def place(config: Config, group: Sequence[Process], cards: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Process name -> what its environment says of its cards. UserError if there are too few.
+
+    cards: those of this host, empty on a CPU. A worker that Ray places gets its cards from Ray.
+    """
+    if not cards:
+        return {process.name: {} for process in group}
+    mine = [process for process in group if not (config.processes.ray and process.needs)]
+    wanted = sum(process.cards for process in mine)
+    if wanted > len(cards):
+        parts = ", ".join(f"{process.name} {process.cards}" for process in mine)
+        raise UserError(
+            f"{wanted} cards are wanted side by side ({parts}) and {len(cards)} are here ({', '.join(cards)}); lower "
+            f"parallel.tp x parallel.dp, processes.rollout or processes.teacher"
+        )
+    left = list(cards)
+    placed: dict[str, dict[str, str]] = {process.name: {} for process in group}
+    for process in mine:
+        placed[process.name] = card_environment(left[: process.cards])
+        del left[: process.cards]
+    return placed
+
+
+def check_cards(config: Config) -> None:
+    """UserError if any group wants more cards than this host has."""
+    for group in recipe(config):
+        place(config, group, visible_cards(config.device.kind))
+
+
+def listing(config: Config) -> str:
+    """Every process with its environment and command line, for people. Needs no device and no model."""
+    ranks, lines = config.parallel.tp * config.parallel.dp, []
+    for number, group in enumerate(recipe(config), 1):
+        # a machine without cards shows what one with enough of them would do
+        most = sum(process.cards for process in group)
+        cards = visible_cards(config.device.kind) or [str(card) for card in range(most)]
+        placed = place(config, group, cards if config.device.kind != "cpu" else [])
+        lines.append(f"{number}." + (" side by side" if len(group) > 1 else ""))
+        for process in group:
+            words = [f"{key}={value}" for key, value in placed[process.name].items()]
+            words += ["npd", *process.command(config)[3:]]
+            more = f"   ({ranks} ranks)" if process.name in ("sft", "distill") and ranks > 1 else ""
+            where = f"   (on a node with {dict(process.needs)})" if config.processes.ray and process.needs else ""
+            lines.append(f"   {process.name:<12}{' '.join(words)}{more}{where}")
+    return "\n".join(lines)

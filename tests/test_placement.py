@@ -1,0 +1,92 @@
+"""Which processes a run has and which cards they get; the launch script's listing."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS
+
+from npd_ascend.config import load_config
+from npd_ascend.errors import UserError
+from npd_ascend.placement import listing, place, recipe
+
+ADDITION = CONFIGS / "addition_cpu.yaml"
+STREAM = ["npd.refresh_after=[]", "npd.stream={}", "processes={rollout: 3, teacher: 1}", "parallel={tp: 2, dp: 2}"]
+CARDS = [str(card) for card in range(8)]
+
+
+def names(group):
+    return [process.name for process in group]
+
+
+def test_what_runs_side_by_side_shares_no_card():
+    config = load_config(ADDITION, STREAM)
+    live = next(group for group in recipe(config) if len(group) > 1)
+    assert names(live) == ["distill", "rollout-0", "rollout-1", "rollout-2", "score"]
+    placed = [environment["ASCEND_RT_VISIBLE_DEVICES"] for environment in place(config, live, CARDS).values()]
+    assert placed == ["0,1,2,3", "4", "5", "6", "7"]
+    assert place(config, live, []) == {key: {} for key in names(live)}  # a CPU has none to share
+
+
+def test_stages_of_the_cycle_take_turns_on_all_cards():
+    config = load_config(ADDITION, ["npd.refresh_after=[5]", "processes={rollout: 8, teacher: 8}", "parallel.dp=8"])
+    groups = recipe(config)
+    assert [len(group) for group in groups] == [1, 8, 8, 1, 8, 8, 1, 1, 1]
+    for group in groups[:-1]:
+        used = [environment["ASCEND_RT_VISIBLE_DEVICES"] for environment in place(config, group, CARDS).values()]
+        assert used[0].startswith("0")
+        assert len(",".join(used).split(",")) == (8 if group is not groups[-2] else 1)
+
+
+def test_with_overlap_the_next_set_is_made_beside_the_trainer():
+    config = load_config(ADDITION, ["npd.refresh_after=[3, 6]", "npd.overlap=true"])
+    assert [names(group) for group in recipe(config)] == [
+        ["sft"],
+        ["rollout"],
+        ["score"],
+        ["distill", "rollout", "score"],
+        ["distill", "rollout", "score"],
+        ["distill"],
+        ["eval"],
+        ["report"],
+    ]
+
+
+def test_too_few_cards_are_told_with_who_wants_them():
+    config = load_config(ADDITION, STREAM)
+    live = next(group for group in recipe(config) if len(group) > 1)
+    with pytest.raises(UserError, match=r"8 cards are wanted side by side \(distill 4, rollout-0 1.* and 7 are here"):
+        place(config, live, CARDS[:7])
+    elsewhere = load_config(ADDITION, [*STREAM, "processes.ray=10.0.0.1:6379"])
+    assert place(elsewhere, live, CARDS[:4])["rollout-0"] == {}  # Ray gives it a card of some node
+
+
+def test_the_listing_is_what_would_be_started():
+    config = load_config(ADDITION, STREAM)
+    text = listing(config)
+    for group in recipe(config):
+        for process in group:
+            assert " ".join(["npd", *process.command(config)[3:]]) in text
+    assert "(4 ranks)" in text
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["npd.refresh_after=[]", "npd.stream={}", "parallel.dp=4", "processes={rollout: 3}"]]
+)
+def test_the_launch_script_says_what_it_would_start_on_a_machine_without_cards(more):
+    words = ["bash", "launch/npd_8npu.sh", "--dry-run", *more]
+    python = Path(os.sys.executable).parent
+    environment = {k: v for k, v in os.environ.items() if k != "NPD_DEVICE"} | {
+        "PATH": f"{python}:{os.environ['PATH']}"
+    }
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    cards = [
+        line.split("ASCEND_RT_VISIBLE_DEVICES=")[1].split()[0] for line in done.stdout.splitlines() if "ASCEND" in line
+    ]
+    if more:
+        assert cards == ["0,1,2,3", "4", "5", "6", "7", "0"]
+    else:
+        all_cards = ",".join(CARDS)
+        assert cards == [*CARDS, *CARDS, all_cards, *CARDS, *CARDS, all_cards, "0"]
