@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("distill", "train on every decided set of rollouts")
     add("eval", "exact match on data.heldout of every model of the run")
     add("report", "summary.json and report.html from what the run folder holds")
+    add("plan", "memory of every card and time of every stage of a run, before anything is started")
 
     convert = commands.add_parser("convert", help="a GGUF file to a Hugging Face folder of safetensors")
     convert.add_argument("gguf", type=Path)
@@ -241,6 +242,16 @@ def _report(args: argparse.Namespace) -> int:
     return _stage(args, write_report)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from npd_ascend.config import load_config
+    from npd_ascend.planner.command import print_plan
+    from npd_ascend.runfolder import reopen_run
+
+    _refuse_overrides_of_a_run(args)
+    print_plan(reopen_run(args.run).config if args.run else load_config(args.config, args.overrides))
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
     from npd_ascend.model.prepare import convert_gguf
 
@@ -264,6 +275,7 @@ _COMMANDS = {
     "distill": _distill,
     "eval": _eval,
     "report": _report,
+    "plan": _plan,
     "convert": _convert,
     "prune": _prune,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from npd_ascend.errors import UserError
 
@@ -24,7 +24,7 @@ class RunConfig(_Section):
 
 
 class DeviceConfig(_Section):
-    kind: Literal["cpu"] = "cpu"
+    kind: Literal["cpu", "npu"] = "cpu"  # npu: docs/ascend.md
     threads: int = Field(0, ge=0)  # 0: as many as torch finds
 
 
@@ -44,6 +44,11 @@ class ParallelConfig(_Section):
     sequence_parallel: bool = False  # cut what lies between the layers over tokens
     recompute: Literal["off", "selective", "full"] = "off"  # activations that are computed again in the backward
     timeout_s: int = Field(600, ge=1)  # how long a rank waits for the others
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # as YAML reads a bare off
 
     @model_validator(mode="after")
     def _sequence_needs_tp(self):

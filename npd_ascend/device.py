@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 
+from npd_ascend.errors import UserError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
-_COLLECTIVES = {"cpu": "gloo"}
+_COLLECTIVES = {"cpu": "gloo", "npu": "hccl"}
+_NPU_WAY_OUT = "see docs/ascend.md, or set device.kind=cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +28,43 @@ def open_device(kind: str, threads: int) -> torch.device:
     """The device of this process. `threads`: CPU threads of torch; 0 keeps torch's own choice."""
     if threads:
         torch.set_num_threads(threads)
-    return torch.device(kind)
+    return _open_npu() if kind == "npu" else torch.device(kind)
+
+
+def _open_npu() -> torch.device:
+    """The NPU of this rank of this host. UserError if torch_npu does not load or sees too few.
+
+    Blocks of memory may grow unless the environment says otherwise (packs differ in length), and HCCL_DETERMINISTIC,
+    which asks collectives for the same bits every time, asks torch's operators too. Sources: docs/ascend.md.
+    """
+    if not os.environ.get("PYTORCH_ALLOC_CONF"):  # torch_npu refuses both
+        os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+    try:
+        import torch_npu
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"device.kind=npu: torch_npu does not load ({reason}); {_NPU_WAY_OUT}") from None
+    npu = torch_npu.npu
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), npu.device_count()
+    if index >= count:
+        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
+        raise UserError(
+            f"device.kind=npu: this rank wants NPU {index} and {count} are visible (ASCEND_RT_VISIBLE_DEVICES is "
+            f"{visible}); lower parallel.tp x parallel.dp, or {_NPU_WAY_OUT}"
+        )
+    npu.set_device(index)
+    if os.environ.get("HCCL_DETERMINISTIC", "false").lower() != "false":
+        torch.use_deterministic_algorithms(True)
+    return torch.device("npu", index)
 
 
 def collective_backend(device: torch.device) -> str:
     return _COLLECTIVES[device.type]
+
+
+def group_bytes(kind: str) -> int:
+    """What a group of ranks takes of each card for its buffers: HCCL twice HCCL_BUFFSIZE (MB), gloo nothing."""
+    return 2 * int(os.environ.get("HCCL_BUFFSIZE", "200")) * 10**6 if kind == "npu" else 0
 
 
 def this_rank() -> Rank:

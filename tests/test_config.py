@@ -24,7 +24,9 @@ def test_the_saved_copy_loads_to_the_same(tmp_path):
 
 
 def test_overrides_are_typed():
-    config = load_config(ADDITION, ["npd.lambda=0.5", "npd.refresh_after=[1, 2]", "filters.tau=null"])
+    overrides = ["npd.lambda=0.5", "npd.refresh_after=[1, 2]", "filters.tau=null", "parallel.recompute=off"]
+    config = load_config(ADDITION, overrides)
+    assert config.parallel.recompute == "off"  # YAML reads a bare off as false
     assert config.npd.lambda_ == 0.5
     assert config.npd.refresh_after == (1, 2)
     assert config.filters.tau is None

@@ -14,7 +14,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 FORBIDDEN = {
     "errors": [""],
     "records": [""],
-    "device": [""],
+    "device": ["errors|"],
     "metrics": [""],
     "config": ["errors|"],
     "model": ["config|errors|durable|model|"],
@@ -24,6 +24,7 @@ FORBIDDEN = {
     "teacher": ["!trainer", "!rollout", "!evaluate", "!report"],
     "trainer": ["!rollout", "!teacher", "!evaluate", "!report"],
     "filters": ["config|filters|records|"],
+    "planner": ["!rollout", "!teacher", "!filters", "!evaluate", "!report"],
 }
 
 

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(config.head_dim, config.rms_norm_eps, kernels.layer) if config.qk_norm else None
 
     def forward(self, x_TD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: Sequence[int]):
-        return self.out(_run(self.recompute, self._attend, self.qkv(x_TD), rotary, cu_seqlens))
+        return self.out(recomputed(self.recompute, self._attend, self.qkv(x_TD), rotary, cu_seqlens))
 
     def _attend(self, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: Sequence[int]):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.split_sizes, -1))
@@ -73,7 +73,7 @@ class Mlp(nn.Module):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down(_run(self.recompute, self.activation, self.gate_up(x_TD)))
+        return self.down(recomputed(self.recompute, self.activation, self.gate_up(x_TD)))
 
 
 class Block(nn.Module):
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         rotary = self._rotary(cu_seqlens)
         x_TD = self.embed(token_ids_T)
         for layer in self.layers:
-            x_TD = _run(self._recompute, layer, x_TD, rotary, cu_seqlens)
+            x_TD = recomputed(self._recompute, layer, x_TD, rotary, cu_seqlens)
         return self.norm(x_TD)
 
     def _rotary(self, cu_seqlens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         return rotary_tables(angle_TH, weight.dtype, impl=self._kernels.layer)
 
 
-def _run(recompute: bool, fn: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+def recomputed(recompute: bool, fn: Callable[..., torch.Tensor], *args) -> torch.Tensor:
     """fn(*args); with `recompute` nothing but the arguments is kept for the backward, which calls fn again."""
     if not (recompute and torch.is_grad_enabled()):
         return fn(*args)

@@ -92,17 +92,21 @@ def open_mesh(tp: int, dp: int, *, sequence_parallel: bool, device: torch.device
         yield ALONE
         return
     timeout = timedelta(seconds=timeout_s)
-    with _lost_rank_is_said(here, timeout_s):
+    backend = collective_backend(device)
+    with _lost_rank_is_said(here, timeout_s, backend):
         dist.init_process_group(
-            collective_backend(device),
+            backend,
             init_method=here.rendezvous,
             rank=here.rank,
             world_size=here.world_size,
             timeout=timeout,
         )
         try:
-            yield make_mesh(tp, dp, here.rank, sequence_parallel=sequence_parallel, timeout=timeout)
-            dist.barrier()
+            mesh = make_mesh(tp, dp, here.rank, sequence_parallel=sequence_parallel, timeout=timeout)
+            _warm_up(mesh, device)
+            yield mesh
+            # on the host: the group of all ranks, never used, then takes no buffers of a card
+            mesh.barrier()
         finally:
             dist.destroy_process_group()
 
@@ -129,6 +133,12 @@ def make_mesh(tp: int, dp: int, rank: int, *, sequence_parallel: bool, timeout: 
     )
 
 
+def _warm_up(mesh: Mesh, device: torch.device) -> None:
+    """Groups connect at their first collective, which fails on an NPU while other groups are already at work."""
+    for group in (mesh.tp_group, mesh.dp_group):
+        sum_over(torch.zeros(1, device=device), group)
+
+
 def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """All-reduce in place; returns `values`."""
     if group:
@@ -150,12 +160,12 @@ def reduce_scatter_rows(whole: torch.Tensor, group: dist.ProcessGroup, async_op:
 
 
 @contextmanager
-def _lost_rank_is_said(here: Rank, timeout_s: int) -> Iterator[None]:
+def _lost_rank_is_said(here: Rank, timeout_s: int, backend: str) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        # gloo raises plain RuntimeErrors; these words are in all of them
-        if not any(word in str(error).lower() for word in ("gloo", "connection", "timed out", "timeout", "socket")):
+        # backends raise plain RuntimeErrors; these words are in all of gloo's
+        if not any(word in str(error).lower() for word in (backend, "connection", "timed out", "timeout", "socket")):
             raise
         _log.debug("collective failed", exc_info=error)
         raise UserError(

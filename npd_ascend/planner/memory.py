@@ -1,0 +1,195 @@
+"""Bytes of a card in each role of a run, part by part. A part that depends on an assumption says so in rates.py.
+
+The trainer's peak is the largest of four moments of a step, since activations go while gradients come:
+    loss       all layers' activations are kept, one chunk of logits and the head's gradient are there
+    backward   the last layer's backward begins
+    gradients  the first layer's backward ends: all other gradients are there
+    embedding  its gradient, dense, meets the head's (tied) or comes to all others
+    update     every gradient sum, and with replicas this one's rows of it a second time
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from npd_ascend.model.decoder import PLAIN, Decoder, Kernels
+from npd_ascend.model.families import DecoderConfig
+from npd_ascend.parallel.mesh import Mesh
+from npd_ascend.parallel.plan import cut_model
+from npd_ascend.planner.layer import count_layer, silent_mesh
+from npd_kernels.streaming import CHUNK_BYTES
+
+# log-probs, their exponentials, the product with them, the sorted top-k: what teacher/local.py holds of a chunk
+_SCORE_COPIES = 4
+# of masters and moments: ours, and two that torch.distributed.checkpoint makes of it (tests/test_planner.py)
+CHECKPOINT_COPIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the trainer is spread, and what one pack is."""
+
+    tp: int
+    dp: int
+    sequence_parallel: bool
+    recompute: str
+    pack_tokens: int
+    packs_per_rank: int = 1  # between two updates
+
+    def __str__(self) -> str:
+        parallel = {
+            "tp": self.tp,
+            "dp": self.dp,
+            "sequence_parallel": str(self.sequence_parallel).lower(),
+            "recompute": self.recompute,
+        }
+        return " ".join(f"parallel.{key}={value}" for key, value in parallel.items()) + (
+            f" npd.pack_tokens={self.pack_tokens}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one card, or of one process on CPU, in one role."""
+
+    role: str
+    weights: int
+    gradients: int = 0  # float32 sums over packs
+    optimizer: int = 0  # float32 masters and two moments, this replica's rows of them
+    activations: int = 0
+    loss: int = 0  # a chunk of logits, the head's gradient until it is a gradient sum
+    kv_cache: int = 0
+    collectives: int = 0  # buffers of the collective library
+    checkpoint: int = 0  # of the host's memory, while one is written and training goes on
+    step: int = 0  # the largest moment of a step; not the sum, see above
+    peak: int
+
+
+def trainer_memory(
+    role: str,
+    config: DecoderConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    device: str,
+    answer_tokens: int,
+    kernels: Kernels = PLAIN,
+    group_bytes: int = 0,
+) -> Memory:
+    """Of one rank of `npd sft` and `npd distill` from its second step on.
+
+    device: of the chunks of logits (npd_kernels.streaming). answer_tokens: of a pack, which is what the head sees.
+    kernels: those that run here, or stand-ins (fused.py). group_bytes: what one group of ranks takes of a card.
+    """
+    with silent_mesh(layout.tp, sequence_parallel=layout.sequence_parallel) as mesh:
+        sizes = _local_sizes(config, mesh, layout.dp)
+        layer = count_layer(config, dtype, layout.pack_tokens, mesh, layout.recompute, kernels)
+    wide, own, e = 4 * sizes.all, 4 * sizes.own, dtype.itemsize
+    weights = e * sizes.all
+    # float32 weights are their own masters
+    optimizer = own * (2 if e == 4 else 3)
+    collectives = group_bytes * ((layout.tp > 1) + (layout.dp > 1))
+    static = weights + optimizer + collectives
+
+    kept = config.num_layers * layer.kept
+    hidden = e * config.hidden_size * (layout.pack_tokens + answer_tokens)  # of train_step's two names
+    head, chunk = sizes.head, logits_chunk_bytes(dtype, sizes.head // config.hidden_size, answer_tokens, device)
+    loss = chunk + 4 * head + (e * head if e < 4 else 0) + e * config.hidden_size * answer_tokens
+    waiting = e * head if config.tie_embeddings else 4 * head
+    rest = wide - 4 * head * (1 if config.tie_embeddings else 2)  # gradients of the layers
+    meeting = 2 * e * head + (4 * head if e < 4 else 0) if config.tie_embeddings else 4 * head + (4 + e) * head
+    before = wide if layout.packs_per_rank > 1 else 0
+    last_layer = layer.backward - layer.kept
+    moments = {
+        "loss": before + kept + hidden + loss,
+        "backward": before + kept + hidden + waiting + e * config.hidden_size * layout.pack_tokens + last_layer,
+        "gradients": (before or rest) + waiting + hidden + layer.backward,
+        "embedding": (before or rest) + hidden + meeting,
+        "update": wide + (own if layout.dp > 1 else 0) + hidden,
+    }
+    step = static + max(moments.values())
+    checkpoint = CHECKPOINT_COPIES * 3 * own
+    return Memory(
+        role=role,
+        weights=weights,
+        gradients=wide,
+        optimizer=optimizer,
+        activations=kept + hidden + last_layer,
+        loss=loss,
+        collectives=collectives,
+        checkpoint=checkpoint,
+        step=step,
+        # for a CPU the host's memory is the same
+        peak=step + (checkpoint if device == "cpu" else 0),
+    )
+
+
+def logits_chunk_bytes(dtype: torch.dtype, head_rows: int, answer_tokens: int, device: str) -> int:
+    """Of one chunk of logits as the loss goes over it: bfloat16 ones are widened and their gradient narrowed."""
+    rows = min(answer_tokens, max(1, CHUNK_BYTES[device] // (4 * head_rows)))
+    return rows * head_rows * (4 if dtype.itemsize == 4 else dtype.itemsize + 4 + dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Elements of one rank."""
+
+    all: int
+    own: int  # whose masters and moments it has
+    head: int
+
+
+def _local_sizes(config: DecoderConfig, mesh: Mesh, dp: int) -> _Sizes:
+    with torch.device("meta"):
+        model = Decoder(config, PLAIN)
+    cut_model(model, mesh)
+    parameters = list(model.parameters())
+    own = sum(p.numel() // dp if p.dim() == 2 and len(p) % dp == 0 else p.numel() for p in parameters)
+    return _Sizes(sum(p.numel() for p in parameters), own, model.head_weight_VD.numel())
+
+
+def teacher_memory(
+    teacher: DecoderConfig,
+    student: DecoderConfig,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    pack_tokens: int,
+    *,
+    device: str,
+    kernels: Kernels = PLAIN,
+) -> Memory:
+    """Of `npd score` with a teacher of its own: it holds teacher and student, and one of them at work.
+
+    dtypes: of teacher and student. pack_tokens: of a prefill.
+    """
+    working, chunk, weights = 0, 0, 0
+    for config, dtype in zip((teacher, student), dtypes, strict=True):
+        layer = count_layer(config, dtype, pack_tokens, Mesh(), "off", kernels)
+        working = max(working, layer.forward + 2 * dtype.itemsize * config.hidden_size * pack_tokens)
+        rows = min(pack_tokens, max(1, CHUNK_BYTES[device] // (4 * config.vocab_size)))
+        chunk = max(chunk, rows * config.vocab_size * (dtype.itemsize + 4 * _SCORE_COPIES))
+        weights += dtype.itemsize * config.num_parameters
+    return Memory(role="teacher", weights=weights, activations=working, loss=chunk, peak=weights + max(working, chunk))
+
+
+def rollout_memory(
+    config: DecoderConfig, dtype: torch.dtype, *, kv_cache_bytes: int, batch: int, prompt_tokens: int
+) -> Memory:
+    """Of `npd rollout`. prompt_tokens: of the longest prompt, to which the others of a batch are padded."""
+    weights = dtype.itemsize * config.num_parameters
+    tokens = batch * prompt_tokens
+    working = (
+        count_layer(config, dtype, tokens, Mesh(), "off").forward + 2 * dtype.itemsize * config.hidden_size * tokens
+    )
+    logits = batch * config.vocab_size * (dtype.itemsize + 4 * _SCORE_COPIES)
+    return Memory(
+        role="rollout",
+        weights=weights,
+        activations=working,
+        loss=logits,
+        kv_cache=kv_cache_bytes,
+        peak=weights + kv_cache_bytes + max(working, logits),
+    )
+
+
+def kv_bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

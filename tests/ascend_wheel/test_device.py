@@ -1,0 +1,66 @@
+"""device.kind: npu, as far as torch_npu goes with a stub in CANN's place: eight devices, and nothing computes."""
+
+import os
+
+import pytest
+import torch
+
+from npd_ascend.device import collective_backend, group_bytes, open_device
+from npd_ascend.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    for name in ("LOCAL_RANK", "HCCL_DETERMINISTIC", "PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "HCCL_BUFFSIZE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    os.environ.pop("PYTORCH_NPU_ALLOC_CONF", None)  # the stub has no memory that grows
+    torch.use_deterministic_algorithms(False)
+
+
+def test_each_rank_has_its_own_npu(monkeypatch):
+    assert open_device("npu", 0) == torch.device("npu", 0)
+    assert torch.npu.current_device() == 0
+    taken = []
+    monkeypatch.setattr(torch.npu, "set_device", taken.append)  # the stub's autograd threads would not follow
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert open_device("npu", 0) == torch.device("npu", 3)
+    assert taken == [3]
+
+
+def test_a_rank_without_an_npu_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    with pytest.raises(UserError, match=r"this rank wants NPU 8 and 8 are visible .*lower parallel.tp x parallel.dp"):
+        open_device("npu", 0)
+
+
+def test_determinism_is_one_switch_for_collectives_and_operators(monkeypatch):
+    open_device("npu", 0)
+    assert not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setenv("HCCL_DETERMINISTIC", "true")
+    open_device("npu", 0)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "then"),
+    [
+        (None, "", "expandable_segments:True"),
+        ("PYTORCH_NPU_ALLOC_CONF", "max_split_size_mb:64", "max_split_size_mb:64"),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:False", None),  # torch_npu refuses both names
+    ],
+)
+def test_blocks_of_memory_may_grow_unless_the_user_says_otherwise(variable, value, then, monkeypatch):
+    if variable:
+        monkeypatch.setenv(variable, value)
+    open_device("npu", 0)
+    assert os.environ.get("PYTORCH_NPU_ALLOC_CONF") == then
+
+
+def test_collectives(monkeypatch):
+    assert collective_backend(open_device("npu", 0)) == "hccl"
+    assert "hccl" in torch.distributed.Backend.backend_list
+    assert group_bytes("npu") == 2 * 200 * 10**6
+    monkeypatch.setenv("HCCL_BUFFSIZE", "256")
+    assert group_bytes("npu") == 2 * 256 * 10**6
+    assert group_bytes("cpu") == 0

@@ -1,0 +1,193 @@
+"""The planner against real training steps, and what it says of a layout that cannot fit."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS
+
+from npd_ascend.__main__ import main
+from npd_ascend.device import DTYPES
+from npd_ascend.model.decoder import PLAIN, Decoder, recomputed
+from npd_ascend.model.families import DecoderConfig
+from npd_ascend.parallel.plan import cut_model
+from npd_ascend.planner.layer import Live, count_layer, silent_mesh
+from npd_ascend.planner.memory import Layout, trainer_memory
+from npd_ascend.planner.rates import ASCEND
+from npd_ascend.planner.timing import Samples, Workload, cycle, decode_tokens_per_s, step_seconds
+
+ROOT = Path(__file__).parent.parent
+COMMON = {
+    "head_dim": 64,
+    "max_position": 8192,
+    "rms_norm_eps": 1e-5,
+    "qkv_bias": True,
+    "o_bias": True,
+    "qk_norm": False,
+    "init_std": 0.02,
+    "rope_theta": 1e4,
+}
+TIED = DecoderConfig(  # 30M, 12M of them embedding
+    hidden_size=384,
+    intermediate_size=1536,
+    num_layers=8,
+    num_heads=6,
+    num_kv_heads=3,
+    vocab_size=32000,
+    tie_embeddings=True,
+    **COMMON,
+)
+UNTIED = DecoderConfig(  # 27M
+    hidden_size=512,
+    intermediate_size=1536,
+    num_layers=6,
+    num_heads=8,
+    num_kv_heads=4,
+    vocab_size=8192,
+    tie_embeddings=False,
+    **COMMON,
+)
+CASES = [
+    (TIED, "float32", 1024, "off", 1),
+    (TIED, "bfloat16", 512, "off", 1),
+    (UNTIED, "float32", 512, "full", 2),
+    (UNTIED, "float32", 1024, "selective", 1),
+]
+
+
+def _planned(config, dtype, pack_tokens, recompute, packs):
+    layout = Layout(
+        tp=1, dp=1, sequence_parallel=False, recompute=recompute, pack_tokens=pack_tokens, packs_per_rank=packs
+    )
+    answers = pack_tokens * 3 // 4  # of measured_step.py's samples
+    return trainer_memory("distill", config, layout, DTYPES[dtype], device="cpu", answer_tokens=answers)
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[0].num_parameters // 10**6}M {' '.join(map(str, case[1:]))}"
+)
+def test_within_15_percent_of_real_steps(case):
+    config, dtype, pack_tokens, recompute, packs = case
+    keys = {"config": config.__dict__, "dtype": dtype, "pack_tokens": pack_tokens, "recompute": recompute}
+    command = [sys.executable, str(ROOT / "tests" / "measured_step.py"), json.dumps(keys | {"packs": packs})]
+    # freed memory goes back to the system at once, so that the process holds what is alive
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "OMP_NUM_THREADS": "1"}
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    measured, planned = json.loads(printed), _planned(*case)
+    assert planned.step == pytest.approx(measured["step"], rel=0.15)
+    assert planned.checkpoint == pytest.approx(measured["checkpoint"], rel=0.15)
+    # planted mistakes lie outside
+    for wrong in (
+        planned.step - planned.optimizer,
+        planned.step - planned.gradients,
+        planned.step + planned.checkpoint,
+        _planned(replace(config, num_layers=config.num_layers * 3 // 2), *case[1:]).step,
+        _planned(config, dtype, 2 * pack_tokens, "off", packs).step,
+    ):
+        assert wrong != pytest.approx(measured["step"], rel=0.15)
+    assert planned.checkpoint * 2 / 3 != pytest.approx(measured["checkpoint"], rel=0.15)
+
+
+def _kept_by_a_real_layer(mesh, config, recompute):
+    """Counted on tensors that have values."""
+    with torch.device("meta"):
+        model = Decoder(replace(config, num_layers=1, vocab_size=64 * mesh.tp), PLAIN, recompute)
+    cut_model(model, mesh)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    rotary = model._rotary([0, 512])
+    x_TD = torch.randn(512 // mesh.row_multiple, config.hidden_size).requires_grad_()
+    with Live(*model.parameters(), *rotary, x_TD) as live:
+        y_TD = recomputed(recompute == "full", model.layers[0], x_TD, rotary, [0, 512])
+        kept = live.bytes
+        y_TD.sum().backward()
+    return kept
+
+
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensors_without_values_keep_what_real_ones_keep(recompute, sequence_parallel):
+    with silent_mesh(2, sequence_parallel=sequence_parallel) as mesh:
+        real = _kept_by_a_real_layer(mesh, UNTIED, recompute)
+        assert count_layer(UNTIED, torch.float32, 512, mesh, recompute).kept == pytest.approx(real, rel=0.01)
+    with silent_mesh(2, sequence_parallel=not sequence_parallel) as mesh:  # a planted mistake is seen
+        assert count_layer(UNTIED, torch.float32, 512, mesh, recompute).kept != pytest.approx(real, rel=0.1)
+
+
+def test_replicas_share_masters_and_moments():
+    def peak(dp, **changes):
+        layout = Layout(tp=1, dp=dp, sequence_parallel=False, recompute="full", pack_tokens=512)
+        return trainer_memory("distill", UNTIED, layout, torch.bfloat16, device="cpu", answer_tokens=384, **changes)
+
+    parameters = UNTIED.num_parameters
+    assert peak(1).optimizer == 12 * parameters
+    assert peak(4).optimizer == pytest.approx(3 * parameters, rel=0.01)
+    assert peak(4, group_bytes=10**8).peak == peak(4).peak + 10**8
+    assert peak(1, group_bytes=10**8).peak == peak(1).peak
+
+
+def test_times_by_hand():
+    layout = Layout(tp=2, dp=4, sequence_parallel=True, recompute="off", pack_tokens=2048)
+    samples = Samples(1024, 0.5)
+    compute, talk = step_seconds(UNTIED, layout, torch.bfloat16, ASCEND, samples)
+    forward = UNTIED.forward_flops([1024, 1024], 1024)
+    assert compute == pytest.approx(3 * forward / 2 / (0.4 * 354e12))
+    reduces = (4 * 6 + 2) * 2048 * 512 * 2 * 2 / 2  # 4 a layer and 2, of [T, D] in bfloat16, 2 (tp-1)/tp of it
+    assert talk == pytest.approx((reduces + UNTIED.num_parameters / 2 * 6 * 3 / 4) / 100e9)
+    again, _ = step_seconds(UNTIED, replace(layout, recompute="full"), torch.bfloat16, ASCEND, samples)
+    assert again == pytest.approx(compute * 4 / 3)
+    # few requests: the least time of a step; many: the traffic of weights and keys and values
+    assert decode_tokens_per_s(UNTIED, torch.bfloat16, ASCEND, batch=1, context=100) == pytest.approx(1 / 0.017)
+    keys = 4000 * 1000 * 2 * 6 * 4 * 64 * 2
+    assert decode_tokens_per_s(UNTIED, torch.bfloat16, ASCEND, batch=4000, context=1000) == pytest.approx(
+        4000 / ((2 * UNTIED.num_parameters + keys) / 0.8e12)
+    )
+
+
+def test_tokens_of_a_cycle_by_hand():
+    layout = Layout(tp=1, dp=2, sequence_parallel=False, recompute="off", pack_tokens=2048)
+    work = Workload(samples=10, prompt_tokens=30, answer_tokens=70, epochs=4, sets=2, kept=0.5)
+    model = (UNTIED, torch.bfloat16)
+    stages = cycle(model, model, (torch.bfloat16, 8), layout, work, ASCEND)
+    assert [(s.stage, s.tokens, s.cards) for s in stages] == [
+        ("rollout", 10 * 2 * 70, 1),
+        ("score", 10 * 2 * (100 + 2 * 70), 1),
+        ("distill", 0.5 * 10 * 100 * 4, 2),
+    ]
+
+
+@pytest.fixture
+def large_student(addition_student):
+    """openPangu-Embedded-1B's shape with the addition tokenizer: enough for a plan, which reads no weights."""
+    path = addition_student / "config.json"
+    raw = json.loads(path.read_text()) | {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 26}
+    raw |= {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 128, "max_position_embeddings": 32768}
+    path.write_text(json.dumps(raw | {"vocab_size": 153376}))
+    return addition_student
+
+
+def test_a_layout_that_cannot_fit_is_refused_with_one_that_does(large_student, capsys):
+    arguments = ["plan", "--config", str(CONFIGS / "addition_cpu.yaml"), f"student.path={large_student}", "sft=null"]
+    arguments += ["student.init=pretrained", "student.dtype=bfloat16", "rollout.dtype=bfloat16", "device.kind=npu"]
+    arguments += ["data.prompts.count=8", "rollout.batch_size=8"]
+    assert main([*arguments, "npd.pack_tokens=32768", "parallel.dp=8"]) == 2
+    said = capsys.readouterr()
+    assert re.fullmatch(r"npd plan: distill needs 8\d.\d GiB of a card and 54.6 GiB are there .*\n", said.err)
+    assert "distill" in said.out
+    layout = said.err.split("this fits: ")[1].split()
+    assert "parallel.tp=2" in layout
+    assert main([*arguments, *layout]) == 0
+    assert "peak" in capsys.readouterr().out
+
+
+def test_the_document_is_what_the_planner_says():
+    command = [sys.executable, str(ROOT / "benchmarks" / "scale.py")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert printed == (ROOT / "docs" / "scale.md").read_text(), "python benchmarks/scale.py > docs/scale.md"
