@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     add("report", "summary.json and report.html from what the run folder holds")
     add("plan", "memory of every card and time of every stage of a run, before anything is started")
 
+    doctor = commands.add_parser(
+        "doctor", help="what a run needs of this machine: NPUs, versions, numbers, collectives"
+    )
+    doctor.add_argument("--config", type=Path, help="YAML of a run, for its layout, device and folder")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted override, with --config")
     convert = commands.add_parser("convert", help="a GGUF file to a Hugging Face folder of safetensors")
     convert.add_argument("gguf", type=Path)
     convert.add_argument("folder", type=Path)
@@ -252,6 +257,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from npd_ascend.config import load_config
+    from npd_ascend.doctor.command import run_doctor
+
+    if args.overrides and not args.config:
+        raise UserError(f"overrides ({args.overrides[0]}) go with --config")
+    return run_doctor(load_config(args.config, args.overrides) if args.config else None)
+
+
 def _convert(args: argparse.Namespace) -> int:
     from npd_ascend.model.prepare import convert_gguf
 
@@ -276,6 +290,7 @@ _COMMANDS = {
     "eval": _eval,
     "report": _report,
     "plan": _plan,
+    "doctor": _doctor,
     "convert": _convert,
     "prune": _prune,
 }

@@ -58,6 +58,11 @@ def _open_npu() -> torch.device:
     return torch.device("npu", index)
 
 
+def accelerator() -> str:
+    """The device.kind that is no CPU."""
+    return "npu"
+
+
 def collective_backend(device: torch.device) -> str:
     return _COLLECTIVES[device.type]
 

@@ -14,6 +14,8 @@ def test_cpu():
 
 def test_an_npu_without_torch_npu_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
-    with pytest.raises(UserError, match=r"device.kind=npu: torch_npu does not load \(No module .*docs/ascend.md") as error:
+    with pytest.raises(
+        UserError, match=r"device.kind=npu: torch_npu does not load \(No module .*docs/ascend.md"
+    ) as error:
         open_device("npu", 0)
     assert "\n" not in str(error.value)

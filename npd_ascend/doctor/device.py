@@ -1,0 +1,142 @@
+"""Driver, CANN and NPUs, before anything of them is imported. Names devices, as npd_ascend/device.py does.
+
+`npu-smi info` prints two lines per chip between bars. They were read from vllm-project/vllm-ascend issues #1767
+(910B2, driver 24.1), #2035 and #12980 (A3, 24.1 and 26.0), #1047 (910ProB with two kinds of memory):
+
+    | NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+    | Chip  Phy-ID              | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
+
+Phy-ID is only there on machines with several chips per NPU, and power is `-` for all but the first of them.
+"""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from npd_ascend.doctor.finding import Finding
+
+NO_NPU = "no NPU here (npu-smi not found)"
+CHECKS = ("driver", "NPU health", "NPU memory", "visible NPUs", "CANN")
+# what the driver itself holds; vllm-ascend#1767 and #2035 show up to 3,419 MB on idle chips
+_IDLE_MB = 4000
+_BUS_ID = re.compile(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    number: int  # as ASCEND_RT_VISIBLE_DEVICES counts
+    name: str
+    health: str
+    used_mb: int
+    total_mb: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What `npu-smi info` says."""
+
+    driver: str
+    chips: list[Chip]
+    processes: list[tuple[int, str]]  # (process id, name)
+
+
+def run_npu_smi() -> str | None:
+    """The output of `npu-smi info`, its error where it failed, None where there is none."""
+    try:
+        done = subprocess.run(["npu-smi", "info"], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return None
+    except subprocess.TimeoutExpired:
+        return "npu-smi info did not answer within 60 s"
+    return done.stdout or done.stderr
+
+
+def parse_npu_smi(text: str) -> Table:
+    """ValueError if no chip is in it."""
+    version = re.search(r"Version:\s*(\S+)", text)
+    chips: list[Chip] = []
+    processes: list[tuple[int, str]] = []
+    before: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) >= 3 and _BUS_ID.fullmatch(cells[1]):
+            chips.append(_chip(before, cells, len(chips)))
+        elif len(cells) >= 4 and cells[1].isdigit():
+            processes.append((int(cells[1]), cells[2]))
+        before = cells
+    if not chips:
+        raise ValueError(" ".join(text.split())[:200] or "nothing")
+    return Table(version.group(1) if version else "unknown", chips, processes)
+
+
+def _chip(above: list[str], cells: list[str], index: int) -> Chip:
+    used, total = re.findall(r"(\d+)\s*/\s*(\d+)", cells[2])[-1]
+    return Chip(index, above[0].split()[-1], above[1], int(used), int(total))
+
+
+def device_findings(text: str | None) -> list[Finding]:
+    """text: of run_npu_smi."""
+    if text is None:
+        return [Finding(check, "not applicable", NO_NPU) for check in CHECKS]
+    try:
+        table = parse_npu_smi(text)
+    except ValueError as error:
+        said = f"npu-smi info shows no chip ({error}); install driver and firmware, or give the container its devices"
+        return [Finding("driver", "failed", said)]
+    return [
+        Finding("driver", "ok", f"{table.driver}, {len(table.chips)} chips, {table.chips[0].name}"),
+        _health(table.chips),
+        _memory(table),
+        _visible(len(table.chips)),
+        _cann(),
+    ]
+
+
+def _health(chips: list[Chip]) -> Finding:
+    ill = [f"chip {chip.number} {chip.health}" for chip in chips if chip.health != "OK"]
+    if ill:
+        said = f"{', '.join(ill)}; `npu-smi info -t health -i N` says why, ASCEND_RT_VISIBLE_DEVICES leaves it out"
+        return Finding("NPU health", "failed", said)
+    return Finding("NPU health", "ok", f"OK on all {len(chips)}")
+
+
+def _memory(table: Table) -> Finding:
+    free = min(chip.total_mb - chip.used_mb for chip in table.chips)
+    busy = [chip for chip in table.chips if chip.used_mb > _IDLE_MB]
+    if busy:
+        who = ", ".join(f"{name} {pid}" for pid, name in table.processes) or "no process is named"
+        said = f"chip {busy[0].number} has {busy[0].used_mb} of {busy[0].total_mb} MB in use ({who}); end it first"
+        return Finding("NPU memory", "warning", said)
+    return Finding("NPU memory", "ok", f"at least {free} of {table.chips[0].total_mb} MB free")
+
+
+def _visible(count: int) -> Finding:
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    if visible is None:
+        return Finding("visible NPUs", "ok", f"all {count}")
+    numbers = [int(part) for part in visible.split(",") if part.isdigit()]
+    if ",".join(map(str, numbers)) != visible or numbers != sorted(set(numbers)) or max(numbers, default=-1) >= count:
+        said = (
+            f"ASCEND_RT_VISIBLE_DEVICES={visible!r}: want rising numbers below {count} with commas and no blanks "
+            f"between; what follows a mistake is not seen"
+        )
+        return Finding("visible NPUs", "failed", said)
+    return Finding("visible NPUs", "ok", f"{len(numbers)} of {count}: {visible}")
+
+
+def cann_version() -> str | None:
+    """Of the installation that ASCEND_HOME_PATH names; found as torch_npu/utils/collect_env.py finds it."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    for path in sorted(Path(home).rglob("ascend_*_install.info")) if home else []:
+        if found := re.search(r"^version=(\S+)", path.read_text(), re.MULTILINE):
+            return found.group(1)
+    return None
+
+
+def _cann() -> Finding:
+    if version := cann_version():
+        return Finding("CANN", "ok", f"{version}, {os.environ['ASCEND_HOME_PATH']}")
+    home = os.environ.get("ASCEND_HOME_PATH", "not set")
+    return Finding("CANN", "failed", f"not found (ASCEND_HOME_PATH is {home}); `. launch/env_ascend.sh` in this shell")

@@ -1,0 +1,233 @@
+"""npd doctor: tables of npu-smi as people have posted them, planted defects, and the whole on this machine."""
+
+import json
+import os
+import re
+import sys
+
+import pytest
+import torch
+from conftest import CONFIGS
+
+from npd_ascend.__main__ import main
+from npd_ascend.config import load_config
+from npd_ascend.doctor import compute, device
+from npd_ascend.doctor.collectives import collective_findings
+from npd_ascend.doctor.command import examine
+from npd_ascend.doctor.device import Chip, device_findings, parse_npu_smi
+from npd_ascend.doctor.host import clock_finding, disk_finding, port_finding
+from npd_ascend.doctor.versions import ROOT, read_row, version_finding
+from npd_kernels.packed_attention import impl_sdpa
+
+# https://github.com/vllm-project/vllm-ascend/issues/1767 (first two of eight chips)
+A2 = """
++------------------------------------------------------------------------------------------------+
+| npu-smi 24.1.0.3                 Version: 24.1.0.3                                             |
++---------------------------+---------------+----------------------------------------------------+
+| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+| Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
++===========================+===============+====================================================+
+| 0     910B2               | OK            | 96.4        37                0    / 0             |
+| 0                         | 0000:C1:00.0  | 0           0    / 0          3397 / 65536         |
++===========================+===============+====================================================+
+| 1     910B2               | OK            | 88.7        37                0    / 0             |
+| 0                         | 0000:C2:00.0  | 0           0    / 0          3395 / 65536         |
++===========================+===============+====================================================+
+"""
+# https://github.com/vllm-project/vllm-ascend/issues/12980 (its first and its last chip, its processes)
+A3 = """
++------------------------------------------------------------------------------------------------------------------+
+| npu-smi 26.0.rc2                            Version: 26.0.rc2                                                    |
++---------------------------+---------------+----------------------------------------------------------------------+
+| NPU   Name                | Health        | Power(W)             Temp(C)                 Hugepages-Usage(page)   |
+| Chip  Phy-ID              | Bus-Id        | AICore(%)            Memory-Usage(MB)        HBM-Usage(MB)           |
++===========================+===============+======================================================================+
+| 0     Ascend910           | OK            | 162.6                34                      0    / 0                |
+| 0     0                   | 0000:9D:00.0  | 0                    0    / 0                3419 / 65536            |
++------------------------------------------------------------------------------------------------------------------+
+| 7     Ascend910           | OK            | -                    35                      0    / 0                |
+| 1     15                  | 0000:83:00.0  | 0                    0    / 0                31877/ 65536            |
++===========================+===============+======================================================================+
++---------------------------+---------------+----------------------------------------------------------------------+
+| NPU     Chip              | Process id    | Process name       | Process memory(MB)    | Process id in container |
++===========================+===============+======================================================================+
+| 0       0                 | 632268        | python3.1          | 197                   | NA                      |
++===========================+===============+======================================================================+
+| No running processes found in NPU 1                                                                              |
++===========================+===============+======================================================================+
+"""
+# https://github.com/vllm-project/vllm-ascend/issues/1047: ordinary memory beside HBM
+PRO_B = """
+| npu-smi 24.1.0                   Version: 24.1.0                                               |
+| 0     910ProB             | OK            | 78.0        38                0    / 0             |
+| 0                         | 0000:C1:00.0  | 0           2387 / 13553      18   / 32768         |
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_npu_variables(monkeypatch):
+    for name in ("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_HOME_PATH", "MASTER_PORT", "HCCL_HOST_SOCKET_PORT_RANGE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _by_check(findings):
+    return {finding.check: finding for finding in findings}
+
+
+def test_posted_tables_are_read():
+    table = parse_npu_smi(A2)
+    assert (table.driver, table.processes) == ("24.1.0.3", [])
+    assert table.chips == [Chip(0, "910B2", "OK", 3397, 65536), Chip(1, "910B2", "OK", 3395, 65536)]
+    table = parse_npu_smi(A3)
+    assert table.chips == [Chip(0, "Ascend910", "OK", 3419, 65536), Chip(1, "Ascend910", "OK", 31877, 65536)]
+    assert table.processes == [(632268, "python3.1")]
+    assert parse_npu_smi(PRO_B).chips == [Chip(0, "910ProB", "OK", 18, 32768)]
+
+
+def test_a_healthy_machine():
+    found = _by_check(device_findings(A2))
+    assert found["driver"].detail == "24.1.0.3, 2 chips, 910B2"
+    assert found["NPU health"].status == found["NPU memory"].status == found["visible NPUs"].status == "ok"
+    assert found["NPU memory"].detail == "at least 62139 of 65536 MB free"
+    assert found["CANN"].status == "failed"  # its variables are not there
+    assert "launch/env_ascend.sh" in found["CANN"].detail
+
+
+def test_an_ill_chip_and_a_busy_one_are_named():
+    ill = A2.replace("| 1     910B2               | OK   ", "| 1     910B2               | Alarm")
+    assert _by_check(device_findings(ill))["NPU health"].detail.startswith("chip 1 Alarm; ")
+    busy = _by_check(device_findings(A3))["NPU memory"]
+    assert busy.status == "warning"
+    assert busy.detail == "chip 1 has 31877 of 65536 MB in use (python3.1 632268); end it first"
+
+
+def test_a_driver_that_does_not_answer_is_no_empty_machine():
+    (finding,) = device_findings("DrvMngGetConsoleLogLevel failed. (g_conLogLevel=3)")
+    assert (finding.check, finding.status) == ("driver", "failed")
+    assert "DrvMngGetConsoleLogLevel" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("visible", "status"), [("0", "ok"), ("0,1", "ok"), ("1,0", "failed"), ("0, 1", "failed"), ("2", "failed")]
+)
+def test_visible_npus(visible, status, monkeypatch):
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", visible)
+    assert _by_check(device_findings(A2))["visible NPUs"].status == status
+
+
+def test_cann_is_found_where_torch_npu_finds_it(tmp_path, monkeypatch):
+    folder = tmp_path / "x86_64-linux"
+    folder.mkdir()
+    (folder / "ascend_toolkit_install.info").write_text(
+        "package_name=Ascend-cann-toolkit\nversion=9.1.0\narch=x86_64\n"
+    )
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    assert device.cann_version() == "9.1.0"
+
+
+def test_the_first_version_that_differs_is_named():
+    row = {name: version for name, version, _ in read_row(ROOT / "requirements-npu.txt")}
+    assert {"cann", "torch", "torch-npu", "triton-ascend", "vllm", "vllm-ascend", "transformers", "npd-ascend"} <= set(
+        row
+    )
+    assert version_finding("requirements-npu.txt", "failed", row.get).status == "ok"
+    local = row | {"torch": row["torch"] + "+cpu", "mindspeed": None}  # a build of the same, and what may be missing
+    assert version_finding("requirements-npu.txt", "failed", local.get).status == "ok"
+    older = version_finding("requirements-npu.txt", "failed", (row | {"torch-npu": "2.9.0", "vllm": "0.1"}).get)
+    assert older.status == "failed"
+    assert older.detail.startswith("torch-npu is 2.9.0, requirements-npu.txt says 2.10.0.post4; ")
+    missing = version_finding("requirements-npu.txt", "failed", (row | {"triton-ascend": None}).get)
+    assert missing.detail.startswith("triton-ascend is not installed, ")
+
+
+def test_the_rows_agree_where_they_can():
+    ordinary = {name: version for name, version, _ in read_row(ROOT / "requirements.txt")}
+    for name, version, _ in read_row(ROOT / "requirements-npu.txt"):
+        if name in ordinary and name not in ("torch", "transformers", "tokenizers"):
+            assert version == ordinary[name], name
+
+
+def test_wrong_numbers_are_seen(monkeypatch):
+    cpu = torch.device("cpu")
+    assert {finding.status for finding in compute.compute_findings(cpu, ["sdpa"])} == {"ok"}
+    right = impl_sdpa.packed_attention
+    monkeypatch.setattr(
+        impl_sdpa, "packed_attention", lambda q, k, v, cu, scale: right(q, k, v, [cu[0], cu[1] + 1, *cu[2:]], scale)
+    )
+    found = _by_check(compute.compute_findings(cpu, ["sdpa"]))
+    assert found["attention sdpa, float32"].status == found["attention sdpa, bfloat16"].status == "failed"
+    for wrong in (1.001, float("nan")):
+        assert compute._judged("x", torch.tensor([wrong]), torch.ones(1), torch.float32, "").status == "failed"
+
+
+def test_sums_over_real_ranks_and_a_rank_that_dies(monkeypatch):
+    found = collective_findings("cpu", 1, 2)
+    assert [(finding.check, finding.status) for finding in found] == [("all_reduce over dp=2", "ok")]
+    assert re.fullmatch(r"16 MiB, \d+\.\d GB/s over each link", found[0].detail)
+    (finding,) = collective_findings("cpu", 1, 1)
+    assert finding.status == "not applicable"
+    (finding,) = collective_findings("npu", 2, 1)
+    assert finding.status == "failed"
+    assert "torch_npu does not load" in finding.detail
+
+
+def test_ports(monkeypatch):
+    assert port_finding().status == "not applicable"
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        assert port_finding().status == "failed"
+        monkeypatch.setenv("HCCL_HOST_SOCKET_PORT_RANGE", "60000-60003")
+        assert f"such as {port}" in port_finding().detail
+    assert port_finding().status == "ok"
+
+
+def test_disk(tmp_path):
+    finding = disk_finding(tmp_path / "not" / "there")
+    assert finding.status in ("ok", "warning")
+    assert str(tmp_path) in finding.detail
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_node_whose_clock_is_off_is_named(tmp_path):
+    import time
+
+    assert clock_finding(tmp_path, "one").status == "ok"
+    assert clock_finding(tmp_path, "two").detail.startswith("within 1 s of 1 other")
+    late = clock_finding(tmp_path, "three", lambda: time.time() + 5)
+    assert late.status == "warning"
+    assert late.detail.startswith("+5.0 s against ")
+
+
+def test_without_an_npu_no_line_about_npus_says_ok(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for check in device.CHECKS:
+        assert re.search(rf"^{check} +not applicable  no NPU here \(npu-smi not found\)$", said, re.MULTILINE), check
+    assert re.search(r"^all_reduce over dp=2 +ok ", said, re.MULTILINE)
+
+
+def test_a_configuration_that_wants_an_npu_that_is_not_here(tmp_path):
+    config = load_config(CONFIGS / "addition_cpu.yaml", ["device.kind=npu", f"run.folder={tmp_path / 'run'}"])
+    found = _by_check(examine(config, None))
+    assert found["device"].status == "failed"
+    assert {found[check].status for check in ("versions", "product", "attention", "collectives")} == {"not applicable"}
+
+
+def test_the_table_of_a_machine_with_npus_comes_from_the_path(tmp_path, monkeypatch, capsys):
+    tool = tmp_path / "npu-smi"
+    tool.write_text(f"#!{sys.executable}\nprint({json.dumps(A2)})\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 2  # torch_npu is not installed here
+    said = capsys.readouterr().out
+    assert re.search(r"^driver +ok +24.1.0.3, 2 chips, 910B2$", said, re.MULTILINE)
+    assert re.search(r"^versions +failed +cann is not installed, requirements-npu.txt says 9.1.0", said, re.MULTILINE)
+    assert re.search(r"^device +failed +device.kind=npu: torch_npu does not load", said, re.MULTILINE)
