@@ -1,0 +1,51 @@
+"""Every implementation that an NPU can run, and training steps with it, against float64 on the CPU."""
+
+import bodies
+import pytest
+import torch
+
+from npd_ascend.model.decoder import PLAIN, Kernels
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
+@pytest.mark.parametrize("impl", ["npu", "sdpa", "triton"])
+def test_attention(card, check, impl, heads, dtype):
+    check(bodies.attention(card, dtype, impl, heads))
+
+
+@DTYPES
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_loss(card, check, impl, dtype):
+    check(bodies.loss(card, dtype, impl))
+
+
+@DTYPES
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+def test_divergence(card, check, impl, beta, dtype):
+    check(bodies.divergence(card, dtype, impl, beta))
+
+
+@DTYPES
+@pytest.mark.parametrize("impl", ["npu", "torch"])
+def test_layers(card, check, impl, dtype):
+    check(bodies.layers(card, dtype, impl))
+
+
+@DTYPES
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+def test_gradients_of_a_step(card, check, recompute, dtype):
+    check(bodies.step_gradients(card, dtype, Kernels("npu", "npu"), "chunked", recompute))
+
+
+@DTYPES
+def test_gradients_of_a_step_with_plain_operators(card, check, dtype):
+    check(bodies.step_gradients(card, dtype, PLAIN, "chunked"))
+
+
+@DTYPES
+def test_three_updates(card, check, dtype):
+    check(bodies.whole_steps(card, dtype, Kernels("npu", "npu"), "chunked"))
