@@ -108,6 +108,7 @@ ATTENTION = {
     "plain (dense mask)": _attention(_dense_mask),
     "npd sdpa": _attention(_ours("sdpa")),
     "npd triton": _attention(_ours("triton")),
+    "npd npu": _attention(_ours("npu")),
     "torch varlen": _attention(_varlen),
     "torch flex": _attention(_flex),
 }

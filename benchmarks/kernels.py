@@ -1,10 +1,10 @@
 """The kernels against their bounds and against the best public ones, forward and backward together.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--dtype float32|bfloat16] [--only attention|loss|divergence]
+    python benchmarks/kernels.py [--device cpu|cuda|npu] [--dtype float32|bfloat16] [--only attention|loss|divergence]
 
 Sizes: openPangu-Embedded-1B (hidden 1536, vocabulary 153,376, 12 query and 6 key heads of 128), 10 teacher targets and
-the given token. A GPU gets packs of 32,768 tokens, a CPU smaller ones. Contestants take turns in one process and the
-best time of each counts. The bound is that of the matrix products that cannot be avoided, timed in the same rounds:
+the given token. A GPU or NPU gets packs of 32,768 tokens, a CPU smaller ones. Contestants take turns in one process and
+the best time of each counts. The bound is that of the matrix products that cannot be avoided, timed in the same rounds:
 `of bound` = bound / time. Errors are against plain code in the same run, relative to the largest value.
 
 What is not installed or does not run on the device is named with the reason. The public kernels come with
@@ -23,27 +23,32 @@ import torch
 from kernel_contestants import ATTENTION, DIVERGENCE, LOSS, Heads, make_heads, make_pack
 from peak import peak_bytes
 
+from npd_ascend.device import open_device
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda", "npu"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on cpu, else bfloat16")
     parser.add_argument("--only", choices=["attention", "loss", "divergence"])
-    parser.add_argument("--tokens", type=int, help="of the loss and the divergence; default: 512, 8192 on cuda")
+    parser.add_argument("--tokens", type=int, help="of the loss and the divergence; default: 512 on cpu, else 8192")
     parser.add_argument("--vocabulary", type=int, default=153_376)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", nargs=2, metavar=("SHAPE", "NAME"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.tokens = args.tokens or (8192 if args.device == "cuda" else 512)
+    if args.device == "npu":
+        open_device(args.device, 0)  # brings torch_npu
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.tokens = args.tokens or (512 if args.device == "cpu" else 8192)
     cases = shapes(args)
     if args.peak_of:
         shape, name = args.peak_of
         print(_peak_of_this_process(*cases[shape], name))
         return
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {args.threads} threads"
+    on_cpu = args.device == "cpu"
+    where = f"cpu, {args.threads} threads" if on_cpu else torch.get_device_module(args.device).get_device_name()
     result = {"device": where, "dtype": args.dtype, "torch": torch.__version__}
     for shape, (contestants, make, bound) in cases.items():
         result[shape] = compare(shape, contestants, make(), bound, args)
@@ -54,7 +59,7 @@ def shapes(args: argparse.Namespace) -> dict[str, tuple[dict, Callable, Callable
     """name -> (contestants, how to make the inputs, seconds of the bound given the inputs)"""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     packs = {"16 of 256": [256] * 16, "GSM8K-like, 4,096 tokens": gsm8k_like(4096)}
-    if args.device == "cuda":
+    if args.device != "cpu":
         packs = {"8 of 4,096": [4096] * 8, "GSM8K-like, 32,768 tokens": gsm8k_like(32768)}
     cases: dict = {
         f"attention, {name}": (
@@ -125,12 +130,12 @@ def _seconds(step: Callable) -> float:
 
 
 def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def _gemm_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    size = 8192 if device.type == "cuda" else 2048
+    size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     return 2 * size**3 / min(_seconds(lambda: a @ b) for _ in range(5))
 
@@ -146,11 +151,12 @@ def _head_seconds(x: Heads, products: int) -> float:
 
 def _peak_bytes(shape: str, name: str, step: Callable, args: argparse.Namespace) -> int:
     """What one call holds at most above its inputs, gradients included; on CPU in a process of its own."""
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if args.device != "cpu":
+        device = torch.get_device_module(args.device)
+        device.reset_peak_memory_stats()
+        before = device.memory_allocated()
         step()
-        return torch.cuda.max_memory_allocated() - before
+        return device.max_memory_allocated() - before
     options = [f"--{key}={getattr(args, key)}" for key in ("device", "dtype", "tokens", "vocabulary", "threads")]
     command = [sys.executable, __file__, *options, "--peak-of", shape, name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

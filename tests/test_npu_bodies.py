@@ -1,5 +1,8 @@
 """The bodies of tests/npu, run on CPU: they pass for what is right and see planted mistakes."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +29,15 @@ BODIES = {
     "gradients": lambda dtype: bodies.step_gradients(CPU, dtype, PLAIN, "chunked", "selective"),
     "updates": lambda dtype: bodies.whole_steps(CPU, dtype, PLAIN, "chunked"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors are small, and threads that wait for each other cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @DTYPES
@@ -80,3 +92,42 @@ def test_planted_mistakes_are_seen(dtype, monkeypatch):
         ),
     ):
         assert name in {row.name for row in rows if not row.passed}
+
+
+_FAKE_CARD = """
+import torch
+import npd_ascend.device, npd_ascend.doctor.device
+npd_ascend.device.open_device = lambda kind, threads: torch.device("cpu")
+npd_ascend.doctor.device.run_npu_smi = lambda: (
+    "| npu-smi 1.0  Version: 1.0 |\\n| 0 910B2 | OK | 1 2 0 / 0 |\\n| 0 | 0000:C1:00.0 | 0 0 / 0 1 / 65536 |"
+)
+"""
+
+
+def test_the_file_to_send_back_says_what_passed_and_what_did_not(tmp_path):
+    """With a CPU in a card's place: plain operators pass, fused ones say why they cannot run."""
+    (tmp_path / "fake_card.py").write_text(_FAKE_CARD)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "NPD_NPU_RESULTS": str(tmp_path / "results.json"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    }
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-p", "fake_card", "-p", "no:cacheprovider", "--confcutdir=tests/npu"]
+    done = subprocess.run([*command, "tests/npu", "-k", "layers and float32"], cwd=root, env=environment, text=True)
+    assert done.returncode == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["card"], results["driver"], results["versions"]["torch"]) == ("910B2", "1.0", torch.__version__)
+    plain, fused = results["tests"]["test_layers[torch-float32]"], results["tests"]["test_layers[npu-float32]"]
+    assert plain["passed"]
+    assert set(plain["errors"]["rotary"]) == {"error", "allowed"}
+    assert not fused["passed"]
+    assert "needs an Ascend NPU, and the tensors are on cpu" in fused["raised"]
+
+
+def test_without_a_card_they_are_skipped_with_the_reason():
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "--confcutdir=tests/npu", "tests/npu"]
+    root = Path(__file__).parent.parent
+    said = subprocess.run([*command, "-k", "layers"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "no NPU here (npu-smi not found)" in said
+    assert "4 skipped" in said

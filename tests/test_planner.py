@@ -55,9 +55,8 @@ UNTIED = DecoderConfig(  # 27M
 )
 CASES = [
     (TIED, "float32", 1024, "off", 1),
-    (TIED, "bfloat16", 512, "off", 1),
+    (TIED, "bfloat16", 512, "selective", 1),
     (UNTIED, "float32", 512, "full", 2),
-    (UNTIED, "float32", 1024, "selective", 1),
 ]
 
 
@@ -80,6 +79,8 @@ def test_within_15_percent_of_real_steps(case):
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     measured, planned = json.loads(printed), _planned(*case)
+    for part, value in (("step", planned.step), ("checkpoint", planned.checkpoint)):  # pytest -s shows them
+        print(f"{part}: measured {measured[part] / 2**20:.0f} MiB, planned {value / measured[part]:.3f} of it")
     assert planned.step == pytest.approx(measured["step"], rel=0.15)
     assert planned.checkpoint == pytest.approx(measured["checkpoint"], rel=0.15)
     # planted mistakes lie outside

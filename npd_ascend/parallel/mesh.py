@@ -164,8 +164,9 @@ def _lost_rank_is_said(here: Rank, timeout_s: int, backend: str) -> Iterator[Non
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        # backends raise plain RuntimeErrors; these words are in all of gloo's
-        if not any(word in str(error).lower() for word in (backend, "connection", "timed out", "timeout", "socket")):
+        # backends raise plain RuntimeErrors; these words are in all of gloo's, which the host's group always is
+        words = (backend, "gloo", "connection", "timed out", "timeout", "socket")
+        if not any(word in str(error).lower() for word in words):
             raise
         _log.debug("collective failed", exc_info=error)
         raise UserError(

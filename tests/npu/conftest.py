@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from npd_ascend.device import accelerator, open_device
-from npd_ascend.doctor.device import cann_version, parse_npu_smi, run_npu_smi
+from npd_ascend.doctor.device import NO_NPU, cann_version, parse_npu_smi, run_npu_smi
 from npd_ascend.doctor.versions import ROOT, read_row
 from npd_ascend.errors import UserError
 
@@ -22,10 +22,10 @@ RESULTS = pytest.StashKey[dict]()
 
 
 def _why_not() -> str | None:
+    if run_npu_smi() is None:
+        return NO_NPU
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1, as the other tests set it; run `bash tests/npu/run.sh`"
-    if run_npu_smi() is None:
-        return "no NPU here (npu-smi not found)"
     try:
         open_device(accelerator(), 0)
     except UserError as error:
@@ -85,6 +85,9 @@ def pytest_sessionfinish(session):
         Path(path).write_text(json.dumps(_about_this_machine() | {"tests": session.config.stash[RESULTS]}, indent=1))
 
 
+_VARIABLES = ("HCCL_", "ASCEND_RT_", "PYTORCH_NPU", "TASK_QUEUE", "CPU_AFFINITY")
+
+
 def _about_this_machine() -> dict:
     table = parse_npu_smi(run_npu_smi())
     versions: dict[str, str | None] = {}
@@ -101,9 +104,5 @@ def _about_this_machine() -> dict:
         "versions": versions,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "variables": {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith(("HCCL_", "ASCEND_RT_", "PYTORCH_NPU", "TASK_QUEUE"))
-        },
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)},
     }

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# What a 910B2 reaches of its 354 TFLOP/s in bfloat16, and the kernels beside their bounds; prints JSON.
+#   bash benchmarks/npu.sh > npu-benchmarks.json      PYTHON: of the environment of requirements-npu.txt
+# It has not run on a card. What it prints belongs into npd_ascend/planner/rates.py and benchmarks/README.md.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/env_ascend.sh
+python=${PYTHON:-python3}
+for recompute in selective full; do
+  $python benchmarks/mfu.py --device npu --model 1B --pack-tokens 32768 --recompute $recompute
+done
+# a pack that needs no recomputation
+$python benchmarks/mfu.py --device npu --model 1B --pack-tokens 16384 --recompute off
+$python benchmarks/kernels.py --device npu
