@@ -200,6 +200,9 @@ def test_a_node_whose_clock_is_off_is_named(tmp_path):
     late = clock_finding(tmp_path, "three", lambda: time.time() + 5)
     assert late.status == "warning"
     assert late.detail.startswith("+5.0 s against ")
+    # two nodes that are late together agree, whatever the file system's clock says
+    assert clock_finding(tmp_path / "other", "one", lambda: time.time() + 5).status == "ok"
+    assert clock_finding(tmp_path / "other", "two", lambda: time.time() + 5).status == "ok"
 
 
 def test_without_an_npu_no_line_about_npus_says_ok(capsys, monkeypatch, tmp_path):

@@ -36,7 +36,8 @@ def examine(config: Config | None, npu_smi: str | None) -> list[Finding]:
     elif npu_smi is not None:
         findings.append(version_finding(f"requirements-{kind}.txt", "failed"))
     findings += _device_at_work(config, kind, npu_smi is None)
-    findings += [vllm_finding(), port_finding(), disk_finding(folder)]
+    # float32 is what tests compare with; on a card vLLM's attention wants half of it
+    findings += [vllm_finding("float32" if kind == "cpu" else "bfloat16"), port_finding(), disk_finding(folder)]
     return [*findings, clock_finding(folder.parent)]
 
 
@@ -54,7 +55,7 @@ def _device_at_work(config: Config | None, kind: str, no_card: bool) -> list[Fin
         device = open_device(kind, config.device.threads if config else 0)
     except UserError as error:
         return [Finding("device", "failed", str(error))]
-    impls = ["sdpa"] if kind == "cpu" else ["sdpa", kind]
+    impls = ["sdpa"] if kind == "cpu" else ["sdpa", kind]  # the fused one has the device's name
     if config and config.kernels.attention != "reference":
         impls.append(config.kernels.attention)
     tp, dp = (config.parallel.tp, config.parallel.dp) if config else (1, _all_ranks(device))

@@ -89,11 +89,11 @@ def clock_finding(folder: Path, host: str | None = None, now=time.time) -> Findi
     return Finding("clocks", "ok", f"within {_SKEW_S:g} s of {len(others)} other nodes that use {folder}")
 
 
-def vllm_finding() -> Finding:
+def vllm_finding(dtype: str) -> Finding:
     """A tiny engine in a process of its own: vLLM changes threads and memory policy of the one it is in."""
     if find_spec("vllm") is None:
         return Finding("vLLM", "not applicable", "the package vllm is not installed; rollout.engine=hf needs none")
-    command = [sys.executable, "-m", "npd_ascend.doctor.vllm_start"]
+    command = [sys.executable, "-m", "npd_ascend.doctor.vllm_start", dtype]
     started = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S)

@@ -1,18 +1,22 @@
-"""Start vLLM on a tiny random model and let it answer: what `npd doctor` runs in a process of its own."""
+"""Start vLLM on a tiny random model and let it answer: what `npd doctor` runs in a process of its own.
+
+python -m npd_ascend.doctor.vllm_start DTYPE
+"""
 
 import os
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from npd_ascend.device import DTYPES
 from npd_ascend.rollout.engine import Request, Sampling
 from npd_ascend.rollout.vllm_engine import VllmEngine
 
 
-def main() -> None:
+def main(dtype: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     shape = LlamaConfig(
         vocab_size=64,
@@ -25,7 +29,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(shape).float().save_pretrained(folder)
-        engine = VllmEngine(dtype=torch.float32, eos_id=2, vocab_size=64, max_model_len=128, kv_cache_gib=0.1)
+        engine = VllmEngine(dtype=DTYPES[dtype], eos_id=2, vocab_size=64, max_model_len=128, kv_cache_gib=0.1)
         engine.load_weights(Path(folder))
         (answer,) = engine.generate([Request((1, 5, 7), 4, 0)], Sampling(1.0))
     if not answer.token_ids:
@@ -43,4 +47,4 @@ def _version() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
