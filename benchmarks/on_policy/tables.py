@@ -1,0 +1,149 @@
+"""Rows of vs_on_policy.py as tables, as a plot, and against what the machine can do at best."""
+
+from pathlib import Path
+
+from on_policy.rows import Pair
+
+TARGET = 8.1  # arXiv 2605.05940
+RACE = "race: "
+PARTS = ("generation", "teacher", "student", "other")  # of clock.py, which needs torch
+
+
+def per_hour(row: dict) -> float:
+    return 3600 * row["passes"] / row["seconds"]
+
+
+def rows_table(rows: dict[str, dict]) -> str:
+    """Rates, and where the time of 100 gradient passes goes."""
+    lines = [
+        "| row | dtype | passes | samples/h | train only, tokens/s | seconds per 100 passes: "
+        + " | ".join(PARTS)
+        + " | peak, GB | load before |",
+        "|" + "---|" * 11,
+    ]
+    for name, row in rows.items():
+        if "passes" not in row:
+            continue
+        split = [f"{100 * row['split'][part] / row['passes']:.1f}" for part in PARTS]
+        peak = row["peak_gb"] + row.get("generator_peak_gb", 0.0)
+        cells = [name, str(row["dtype"] or "float32, autocast"), str(row["passes"]), f"{per_hour(row):,.0f}"]
+        cells += [f"{row['tokens'] / row['split']['student']:,.0f}", *split, f"{peak:.1f}", f"{row['load_before']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    rates = rows["rates"]
+    machine = ", ".join(f"{key} {rates[key]:.0f}" for key in rates if key.endswith(("gflops", "gb_s")))
+    versions = {k: v for row in rows.values() for k, v in row.get("versions", {}).items()}
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return "\n".join([*lines, "", f"{rates['processors']} threads; {machine}; {packages}. {_seen(rows)}"])
+
+
+def _seen(rows: dict[str, dict]) -> str:
+    measured = [share for row in rows.values() for share in row.get("changed_in_bf16", [])]
+    expected = ", ".join(f"{100 * share:.1f}% at lr {lr}" for lr, share in rows["rates"]["seen_in_bf16"].items())
+    found = f"measured in the first updates {100 * min(measured):.0f} to {100 * max(measured):.0f}%" if measured else ""
+    return f"Weights that one update changes in bfloat16, expected of steps as long as lr: {expected}; {found}."
+
+
+def race_table(rows: dict[str, dict], start: str) -> str:
+    """Seconds to the divergence that every contestant of the race reaches."""
+    racing = _racing(rows)
+    level = common_level(rows)
+    lines = [
+        f"Held-out KL(teacher || student) {rows[start]['kl']:.3f} nats/token before, to {level:.3f}:",
+        "",
+        "| contestant | passes | seconds | KL at the end | seconds to that KL | times as fast as the first |",
+        "|---|---|---|---|---|---|",
+    ]
+    reached = {name: seconds_to(row, level, rows[start]["kl"]) for name, row in racing.items()}
+    first = next(iter(reached.values()))
+    for name, row in racing.items():
+        cells = [name.removeprefix(RACE), str(row["passes"]), f"{row['seconds']:.0f}", f"{row['saved'][-1]['kl']:.3f}"]
+        cells += [f"{reached[name]:.0f}", f"{first / reached[name]:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _racing(rows: dict[str, dict]) -> dict[str, dict]:
+    return {name: row for name, row in rows.items() if name.startswith(RACE)}
+
+
+def common_level(rows: dict[str, dict]) -> float:
+    return max(min(saved["kl"] for saved in row["saved"]) for row in _racing(rows).values())
+
+
+def seconds_to(row: dict, level: float, start_kl: float) -> float:
+    """When the line through the measured points first comes down to `level`."""
+    before = (0.0, start_kl)
+    for saved in row["saved"]:
+        if saved["kl"] <= level:
+            fall = before[1] - saved["kl"]
+            share = (before[1] - level) / fall if fall > 0 else 1.0
+            return before[0] + share * (saved["seconds"] - before[0])
+        before = (saved["seconds"], saved["kl"])
+    return float("inf")
+
+
+def bounds_table(rows: dict[str, dict], pair: Pair) -> str:
+    """Each stage of the race against its floor: GEMM flops over the measured rate, or weights over bandwidth."""
+    lines = ["| contestant | stage | s per pass | floor | floor / measured |", "|---|---|---|---|---|"]
+    for name, row in _racing(rows).items():
+        for stage, floor in floors(row, rows["rates"], pair).items():
+            measured = row["split"][stage] / row["passes"]
+            share = f"{floor / measured:.2f}" if measured else "–"
+            lines.append(f"| {name.removeprefix(RACE)} | {stage} | {measured:.3f} | {floor:.3f} | {share} |")
+    return "\n".join([*lines, "", *_verdict(rows, pair)])
+
+
+def floors(row: dict, rates: dict, pair: Pair) -> dict[str, float]:
+    """Seconds per gradient pass; attention, norms, softmax and the optimizer count as no work at all."""
+    tokens, answers = row["tokens"] / row["passes"], row["answer_tokens"] / row["passes"]
+    dtype = row["dtype"] or "float32"
+    flops_per_s, generated = 1e9 * rates[f"{dtype}_gflops"], row["generated"] / row["passes"]
+    multiplied = {role: rates[role]["body"] * tokens + rates[role]["head"] * answers for role in ("teacher", "student")}
+    together = pair.batch if row["synchronous"] else pair.prompts
+    weight_bytes = sum(rates["student"].values()) * (2 if dtype == "bfloat16" else 4)
+    traffic_s = weight_bytes * answers / together / (1e9 * rates["read_gb_s"])
+    return {
+        "generation": generated * max(2 * multiplied["student"] / flops_per_s, traffic_s),
+        "teacher": generated * 2 * multiplied["teacher"] / flops_per_s,
+        "student": 6 * multiplied["student"] / flops_per_s,
+    }
+
+
+def _verdict(rows: dict[str, dict], pair: Pair) -> list[str]:
+    names = list(_racing(rows))
+    opponent, npd = rows[names[0]], rows[names[-1]]
+    needed = opponent["seconds"] / opponent["passes"] / TARGET
+    step, floor = npd["split"]["student"] / npd["passes"], floors(npd, rows["rates"], pair)
+    fastest = max((per_hour(row), name) for name, row in rows.items() if row.get("trainer"))
+    return [
+        f"Fastest row of TRL: {fastest[1]}, {fastest[0]:,.0f} samples/h; NPD {per_hour(npd):,.0f} samples/h, "
+        f"{per_hour(npd) / fastest[0]:.2f} times as many.",
+        f"{TARGET} times the opponent of the race would be {needed:.3f} s per gradient pass. NPD's student step alone "
+        f"takes {step:.3f} s, at its floor {floor['student']:.3f} s; with every stage at its floor NPD would take "
+        f"{sum(floor.values()):.3f} s, {opponent['seconds'] / opponent['passes'] / sum(floor.values()):.2f} times as "
+        f"fast as the opponent as measured.",
+    ]
+
+
+def draw(rows: dict[str, dict], start: str, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    for name, row in rows.items():
+        if "saved" not in row:
+            continue
+        points = [(0.0, rows[start]["kl"]), *((saved["seconds"], saved["kl"]) for saved in row["saved"])]
+        racing = name.startswith(RACE)
+        style = {"linewidth": 2.2, "marker": "o", "markersize": 4} if racing else {"linewidth": 0.8, "alpha": 0.6}
+        dashes = "-" if racing else "--" if row["trainer"] else ":"
+        axes.plot(*zip(*points, strict=True), dashes, label=name, **style)
+    axes.axhline(common_level(rows), color="0.7", linewidth=0.8, zorder=0)
+    axes.set_xlabel("seconds of wall time")
+    axes.set_ylabel("held-out KL(teacher || student), nats/token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
