@@ -1,4 +1,4 @@
-"""What a row of vs_on_policy.py measures while it trains. Runs in every interpreter: torch and safetensors are enough."""
+"""What a row of vs_on_policy.py measures while it trains. For both interpreters: torch and safetensors are enough."""
 
 import resource
 import sys

@@ -37,7 +37,7 @@ def prepare(job: dict) -> dict:
     tokenizer = ChatTokenizer(Path(job["student"]))
     limit = read_config(Path(job["student"])).max_position - job["max_new_tokens"]
     training, heldout = (read_prompts(config.data, role, tokenizer, max_prompt_tokens=limit) for role in _ROLES)
-    rows = [{"text": prompt.text, "token_ids": prompt.token_ids} for prompt in training]
+    rows = [{"text": p.text, "token_ids": p.token_ids, "answer": p.answer} for p in training]
     Path(job["prompts"]).write_text(json.dumps(rows))
     answered = []
     for i, folder in enumerate((job["teacher"], job["student"])):

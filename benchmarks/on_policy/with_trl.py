@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import transformers
 import trl
-from datasets import Dataset
 from clock import Clock
+from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -84,8 +84,8 @@ _INIT = ("model_init_kwargs", "teacher_model_init_kwargs")
 
 def make_gkd(job: dict, prompts: list[dict], tokenizer, clock: Clock) -> GKDTrainer:
     config = GKDConfig(**common(job), **kinds(job), lmbda=1.0, max_new_tokens=job["max_new_tokens"])
-    # the collator wants an answer, which a fully on-policy run never looks at
-    turns = [[{"role": "user", "content": p["text"]}, {"role": "assistant", "content": "-"}] for p in prompts]
+    # the reference answer is not trained on where lmbda is 1, but GKD divides the loss by its tokens, not the sampled
+    turns = [[{"role": "user", "content": p["text"]}, {"role": "assistant", "content": p["answer"]}] for p in prompts]
     trainer = GKDTrainer(
         job["student"],
         job["teacher"],
