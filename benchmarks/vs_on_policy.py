@@ -122,11 +122,14 @@ class Comparison:
             seconds=(pair.race_s if race else pair.short_s) if row.synchronous else 10**9,
             save_every=max(pair.batch, whole // 8) if race else 10**9,
         )
+        if not result["passes"]:
+            raise SystemExit(f"{row.name} made no update: DistillationTrainer leaves out a batch that is not full")
         weights = [saved["weights"] for saved in result["saved"]]
         for saved, kl in zip(result["saved"], self._ask("ground.py", "evaluate", weights=weights)["kl"], strict=True):
             shutil.rmtree(saved.pop("weights"))
             saved["kl"] = kl
-        return result | {"dtype": row.dtype, "synchronous": row.synchronous, "trainer": row.trainer}
+        told = {"dtype": row.dtype, "synchronous": row.synchronous, "trainer": row.trainer, "settings": row.settings}
+        return result | told | {"lr": pair.lr}
 
     def _ask(self, script: str, *words: str, **job) -> dict:
         """Run one of the scripts beside this one in a process of its own, with its own interpreter and memory."""

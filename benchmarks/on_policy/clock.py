@@ -14,19 +14,24 @@ PARTS = ("generation", "teacher", "student", "other")
 
 
 class Clock:
-    """Seconds split into PARTS, gradient passes, and weights saved on the way while the clock stands."""
+    """Seconds split into PARTS, gradient passes, and weights saved on the way while the clock stands.
+
+    Processor seconds of this process too: with one thread they hardly move when the machine has other work.
+    """
 
     def __init__(self, job: dict):
         self._job, self._folder = job, Path(job["folder"])
         self._seconds = dict.fromkeys((*PARTS, "paused"), 0.0)
-        self._current, self._since = "paused", time.perf_counter()
+        self._cpu_seconds = dict(self._seconds)
+        self._current, self._since = "paused", (time.perf_counter(), time.process_time())
         self.samples = self.tokens = self.answer_tokens = self.updates = self.generated = 0
         self._saved: list[dict] = []
 
     def enter(self, part: str) -> str:
         """From now on the time is `part`'s; returns whose it was."""
-        now = time.perf_counter()
-        self._seconds[self._current] += now - self._since
+        now = (time.perf_counter(), time.process_time())
+        self._seconds[self._current] += now[0] - self._since[0]
+        self._cpu_seconds[self._current] += now[1] - self._since[1]
         before, self._current, self._since = self._current, part, now
         return before
 
@@ -82,6 +87,7 @@ class Clock:
             "answer_tokens": self.answer_tokens,
             "seconds": self.seconds,
             "split": {part: self._seconds[part] for part in PARTS},
+            "cpu_split": {part: self._cpu_seconds[part] for part in PARTS},
             "peak_gb": peak / 2**20,
             "saved": self._saved,
         }

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import time
 from pathlib import Path
 
 import torch
@@ -46,8 +47,8 @@ class SharedHf(HfEngine):
     def versions(self) -> dict:
         return {}
 
-    def peak_gb(self) -> float:
-        return 0.0
+    def usage(self) -> tuple[float, float]:
+        return 0.0, 0.0
 
     def close(self) -> None:
         pass
@@ -71,6 +72,7 @@ class VllmProcesses:
         os.environ["OMP_NUM_THREADS"] = threads
         self._ask(["load", job["student"]])
         self._ask(["generate", [Request((tokenizer.eos_id,), 2, 0)]])  # the first call sets things up
+        self.usage()
 
     def _ask(self, *messages) -> list:
         """One message for each process, or one for all."""
@@ -94,8 +96,10 @@ class VllmProcesses:
     def versions(self) -> dict:
         return {"vllm": self._ask(["version"])[0]}
 
-    def peak_gb(self) -> float:
-        return sum(self._ask(["peak"]))
+    def usage(self) -> tuple[float, float]:
+        """Peak GB and processor seconds of all, from the first real request on."""
+        peaks, seconds = zip(*self._ask(["usage"]), strict=True)
+        return sum(peaks), sum(seconds)
 
     def close(self) -> None:
         for process in self._processes:
@@ -114,16 +118,22 @@ def _serve(job: dict, pipe) -> None:
         max_model_len=job["max_model_len"],
         kv_cache_gib=0.5,
     )
+    seconds = 0.0
     while True:
         what, *arguments = pipe.recv()
+        started = time.process_time()
         if what == "load":
             engine.load_weights(Path(*arguments))
+            seconds += time.process_time() - started
             pipe.send(None)
         elif what == "generate":
-            pipe.send(engine.generate(*arguments, Sampling(1.0)) if arguments[0] else [])
+            completions = engine.generate(*arguments, Sampling(1.0)) if arguments[0] else []
+            seconds += time.process_time() - started
+            pipe.send(completions)
         elif what == "version":
             import vllm
 
             pipe.send(vllm.__version__)
         else:
-            pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, seconds))
+            seconds = 0.0

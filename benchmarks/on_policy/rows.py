@@ -33,7 +33,7 @@ PAIRS = {
         max_new_tokens=128,
         batch=8,
         pack_tokens=2048,
-        lr=1e-4,
+        lr=3e-4,
         filters={"max_repetition": 0.5},
         warm={"count": 192, "epochs": 2, "pack_tokens": 2048, "lr": 3e-4},
         keep_layers="0-6,27-29",
@@ -55,7 +55,7 @@ PAIRS = {
 QUICK = {
     "smollm2": {"prompts": 8, "short_prompts": 4, "heldout": 4, "short_s": 1, "race_s": 10, "max_new_tokens": 8}
     | {"warm": {"count": 8, "epochs": 1, "pack_tokens": 2048, "lr": 3e-4}, "batch": 4},
-    "addition": {"prompts": 32, "short_prompts": 32, "heldout": 20, "short_s": 1, "race_s": 5}
+    "addition": {"prompts": 64, "short_prompts": 32, "heldout": 20, "short_s": 1, "race_s": 5}
     | {"warm": {"count": 100, "epochs": 1, "pack_tokens": 512, "lr": 3e-3}},
 }
 

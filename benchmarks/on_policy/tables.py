@@ -18,16 +18,17 @@ def rows_table(rows: dict[str, dict]) -> str:
     lines = [
         "| row | dtype | passes | samples/h | train only, tokens/s | seconds per 100 passes: "
         + " | ".join(PARTS)
-        + " | peak, GB | load before |",
-        "|" + "---|" * 11,
+        + " | processor s per 100 | peak, GB | load before |",
+        "|" + "---|" * 12,
     ]
     for name, row in rows.items():
         if "passes" not in row:
             continue
         split = [f"{100 * row['split'][part] / row['passes']:.1f}" for part in PARTS]
-        peak = row["peak_gb"] + row.get("generator_peak_gb", 0.0)
         cells = [name, str(row["dtype"] or "float32, autocast"), str(row["passes"]), f"{per_hour(row):,.0f}"]
-        cells += [f"{row['tokens'] / row['split']['student']:,.0f}", *split, f"{peak:.1f}", f"{row['load_before']:.1f}"]
+        cells += [f"{row['tokens'] / row['split']['student']:,.0f}", *split]
+        cells += [f"{100 * sum(row['cpu_split'].values()) / row['passes']:.0f}", f"{row['peak_gb']:.1f}"]
+        cells += [f"{row['load_before']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     rates = rows["rates"]
     machine = ", ".join(f"{key} {rates[key]:.0f}" for key in rates if key.endswith(("gflops", "gb_s")))

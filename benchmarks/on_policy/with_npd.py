@@ -83,7 +83,7 @@ class Row:
                 if self.clock.done:
                     break
             self.clock.save(self._masters())
-            return self.clock.result() | self._more(generator)
+            return self._result(generator)
 
     def _sets(self):
         """For ever, the prompts of every set; each round over all of them is in an order of its own."""
@@ -225,12 +225,15 @@ class Row:
                 changed = sum(int((old != new).sum()) for old, new in pairs)
                 self.changed.append(changed / sum(old.numel() for old in before))
 
-    def _more(self, generator) -> dict:
+    def _result(self, generator) -> dict:
         import transformers
 
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        row = {"versions": versions | generator.versions(), "generator_peak_gb": generator.peak_gb()}
-        return row | {"changed_in_bf16": self.changed}
+        peak_gb, cpu_s = generator.usage()
+        row = self.clock.result()
+        row["peak_gb"] += peak_gb
+        row["cpu_split"]["generation"] += cpu_s
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__} | generator.versions()
+        return row | {"versions": versions, "changed_in_bf16": self.changed}
 
 
 def full_divergence(hidden_TD, head_VD, teacher_TE, teacher_head_VE, predict) -> torch.Tensor:
