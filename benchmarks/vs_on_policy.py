@@ -5,7 +5,8 @@
 
 The teacher folder is made by launch/smollm2_cpu.sh, the interpreter for TRL with requirements-vs-on-policy.txt,
 QUESTIONS has "question" and "answer" in each line (GSM8K). Short rows measure rates and where time goes; then the
-fastest of TRL, the fastest synchronous row of ours and NPD race to the same held-out divergence.
+fastest of TRL with float32 weights and with bfloat16 ones, which have no masters there, the fastest synchronous row of
+ours and NPD race to the same held-out divergence.
 
 A row that is in FOLDER/rows.jsonl is not measured again, so the same command goes on where it was stopped.
 """
@@ -47,8 +48,13 @@ class Comparison:
             trl, ours = trl[::4], [ours[i] for i in (0, 3, 7, 8)]
         for row in (*trl, *ours):
             self._once(row.name, lambda row=row: self._measure(row, race=False))
-        npd = next(row for row in ours if row.settings["filtered"])
-        for row in (self._fastest(trl), self._fastest([row for row in ours if row.synchronous]), npd):
+        contestants = [
+            self._fastest([row for row in trl if row.dtype != "bfloat16"]),
+            self._fastest([row for row in trl if row.dtype == "bfloat16"]),
+            self._fastest([row for row in ours if row.synchronous]),
+            next(row for row in ours if row.settings["filtered"]),
+        ]
+        for row in contestants:
             self._once(f"race: {row.name}", lambda row=row: self._measure(row, race=True))
 
     def rows(self) -> dict[str, dict]:
@@ -149,7 +155,6 @@ class Comparison:
             "pack_tokens": pair.pack_tokens,
             "filters": pair.filters,
             "lr": pair.lr,
-            "warmup_steps": 5,
             "beta2": 0.95,
         } | job
         (folder / "job.json").write_text(json.dumps(job))

@@ -64,7 +64,7 @@ def evaluate(job: dict) -> dict:
     """KL(teacher || student) over the whole vocabulary in float32, token mean of the held-out answers, per weights."""
     rows = json.loads(Path(job["heldout"]).read_text())
     lengths = {f"{i:09d}": len(ids) for i, (ids, _) in enumerate(rows)}
-    packs = pack_samples(lengths, max(4096, *lengths.values()))
+    packs = pack_samples(lengths, max([4096, *lengths.values()]))
     layouts = [lay_out([rows[int(name)] for name in pack], CPU) for pack in packs]
     teacher = _load(Path(job["teacher"]))
     hidden = [_answers(teacher, layout) for layout in layouts]

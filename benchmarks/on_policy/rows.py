@@ -13,7 +13,7 @@ class Pair:
     short_prompts: int  # of a short row that is not synchronous
     heldout: int
     short_s: float  # of a short synchronous row
-    race_s: float  # for the slower ones
+    race_s: float  # for the synchronous ones
     max_new_tokens: int
     batch: int
     pack_tokens: int  # about a batch
@@ -25,17 +25,17 @@ class Pair:
 
 PAIRS = {
     "smollm2": Pair(
-        prompts=32,
-        short_prompts=24,
+        prompts=48,
+        short_prompts=16,
         heldout=24,
-        short_s=35,
-        race_s=600,
+        short_s=25,
+        race_s=240,
         max_new_tokens=128,
         batch=8,
         pack_tokens=2048,
         lr=3e-4,
         filters={"max_repetition": 0.5},
-        warm={"count": 192, "epochs": 2, "pack_tokens": 2048, "lr": 3e-4},
+        warm={"count": 128, "epochs": 2, "pack_tokens": 2048, "lr": 3e-4},
         keep_layers="0-6,27-29",
     ),
     "addition": Pair(
@@ -43,7 +43,7 @@ PAIRS = {
         short_prompts=500,
         heldout=200,
         short_s=10,
-        race_s=200,
+        race_s=100,
         max_new_tokens=6,
         batch=32,
         pack_tokens=512,

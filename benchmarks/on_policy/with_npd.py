@@ -35,7 +35,6 @@ from npd_ascend.teacher.worker import score_rollouts
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
-from npd_ascend.trainer.schedule import learning_rate
 from npd_ascend.trainer.step import train_step
 from npd_kernels.dense_divergence import dense_divergence
 
@@ -62,10 +61,7 @@ class Row:
         self.tokenizer = ChatTokenizer(Path(job["student"]))
         self.model = load_decoder(Path(job["student"]), dtype=dtype, device=CPU)
         self.teacher = load_decoder(Path(job["teacher"]), dtype=dtype, device=CPU).requires_grad_(False)
-        self.schedule = OptimizerConfig(
-            lr=job["lr"], min_lr=job["lr"], warmup_steps=job["warmup_steps"], beta2=job["beta2"]
-        )
-        self.optimizer = MasterAdamW(self.model, self.schedule)
+        self.optimizer = MasterAdamW(self.model, OptimizerConfig(beta2=job["beta2"]))
         self.prompts = json.loads(Path(job["prompts"]).read_text())
         self.clock, self.changed = Clock(job), []
 
@@ -175,22 +171,21 @@ class Row:
         return [packs[i] for i in order]
 
     def _update(self, pack: list[Example]) -> None:
-        lr = learning_rate(0.0, self.clock.updates, self.schedule)
         seen = self._bits()
         with self.clock.part("student"):
             if self.settings["loss"] == "topk":
                 samples = [example.sample for example in pack]
                 batch, total = make_batch(samples, OBJECTIVE, CPU), weight_sum(samples, OBJECTIVE)
-                train_step(self.model, [batch], self.optimizer, OBJECTIVE, weight_sum=total, lr=lr)
+                train_step(self.model, [batch], self.optimizer, OBJECTIVE, weight_sum=total, lr=self.job["lr"])
             else:
-                self._dense_step(pack, lr)
+                self._dense_step(pack)
         self._count_changed(seen)
         answers = sum(example.answer_len for example in pack)
         self.clock.trained(len(pack), sum(e.sample.prompt_len for e in pack) + answers, answers)
         if self.clock.save_is_due:
             self.clock.save(self._masters())
 
-    def _dense_step(self, pack: list[Example], lr: float) -> None:
+    def _dense_step(self, pack: list[Example]) -> None:
         layout = _layout(pack)
         hidden_TD = self.model(layout.token_ids_T, layout.cu_seqlens)
         starts = layout.cu_seqlens[:-1]
@@ -205,7 +200,7 @@ class Row:
         with self.optimizer.gradients.last_backward():
             (loss / len(predict)).backward()
         self.optimizer.reduce_and_clip()
-        self.optimizer.step(lr)
+        self.optimizer.step(self.job["lr"])
 
     def _masters(self) -> dict[str, torch.Tensor]:
         kept = self.optimizer.rectangles(copies=True)
@@ -266,7 +261,7 @@ def _layout(pack: Sequence[Example]) -> PackLayout:
 def _in_packs(examples: list[Example], pack_tokens: int) -> list[list[Example]]:
     by_id = {example.sample.sample_id: example for example in examples}
     lengths = {name: len(example.sample.token_ids) for name, example in by_id.items()}
-    packs = pack_samples(lengths, max(pack_tokens, *lengths.values()))
+    packs = pack_samples(lengths, max([pack_tokens, *lengths.values()]))
     return [[by_id[name] for name in pack] for pack in packs]
 
 
