@@ -93,7 +93,7 @@ def trl_rows(batch: int) -> list[Row]:
 
 
 def our_rows(batch: int) -> list[Row]:
-    """The ladder, one switch at a time; the last but one is NPD, the last has all of its switches but the sets."""
+    """The ladder, one switch at a time; the last row has every switch but sets and filters."""
     state = {"engine": "hf", "padded": True, "loss": "full", "set": batch, "epochs": 1, "filtered": False}
     rows = [Row(name="ours, synchronous, padded, full logits", settings=dict(state))]
     for name, change, dtype in (
@@ -101,10 +101,10 @@ def our_rows(batch: int) -> list[Row]:
         ("+ loss operation", {"loss": "dense"}, "float32"),
         (f"+ sets of answers, {EPOCHS_PER_SET} epochs each", {"set": None, "epochs": EPOCHS_PER_SET}, "float32"),
         ("+ top-10 targets", {"loss": "topk"}, "float32"),
-        ("+ vLLM", {"engine": "vllm"}, "float32"),
-        ("+ bfloat16", {}, "bfloat16"),
-        ("+ filters: NPD", {"filtered": True}, "bfloat16"),
-        ("ours, synchronous, all else as NPD", {"set": batch, "epochs": 1, "filtered": False}, "bfloat16"),
+        ("+ filters: NPD", {"filtered": True}, "float32"),
+        ("NPD, vLLM", {"engine": "vllm"}, "float32"),
+        ("NPD, vLLM, bfloat16", {}, "bfloat16"),
+        ("ours, synchronous, vLLM, bfloat16", {"set": batch, "epochs": 1, "filtered": False}, "bfloat16"),
     ):
         state |= change
         rows.append(Row(name=name, dtype=dtype, settings=dict(state)))

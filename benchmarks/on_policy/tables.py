@@ -25,10 +25,10 @@ def rows_table(rows: dict[str, dict]) -> str:
     for name, row in rows.items():
         if "passes" not in row:
             continue
-        split = [f"{100 * row['split'][part] / row['passes']:.1f}" for part in PARTS]
+        split = [f"{100 * row['split'][part] / row['passes']:.3g}" for part in PARTS]
         cells = [name, str(row["dtype"] or "float32, autocast"), str(row["passes"]), f"{per_hour(row):,.0f}"]
         cells += [f"{row['tokens'] / row['split']['student']:,.0f}", *split]
-        cells += [f"{100 * sum(row['cpu_split'].values()) / row['passes']:.0f}", f"{row['peak_gb']:.1f}"]
+        cells += [f"{100 * sum(row['cpu_split'].values()) / row['passes']:.3g}", f"{row['peak_gb']:.1f}"]
         cells += [f"{row['load_before']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     rates = rows["rates"]
@@ -58,9 +58,9 @@ def race_table(rows: dict[str, dict], start: str) -> str:
     ]
     reached = {name: seconds_to(row, level, rows[start]["kl"]) for name, row in racing.items()}
     first = next(iter(reached.values()))
-    reached_s = {name: "–" if math.isinf(seconds) else f"{seconds:.0f}" for name, seconds in reached.items()}
+    reached_s = {name: "–" if math.isinf(seconds) else f"{seconds:.3g}" for name, seconds in reached.items()}
     for name, row in racing.items():
-        cells = [name.removeprefix(RACE), str(row["passes"]), f"{row['seconds']:.0f}", f"{row['saved'][-1]['kl']:.3f}"]
+        cells = [name.removeprefix(RACE), str(row["passes"]), f"{row['seconds']:.3g}", f"{row['saved'][-1]['kl']:.3f}"]
         cells += [reached_s[name], f"{first / reached[name]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -94,7 +94,7 @@ def bounds_table(rows: dict[str, dict], pair: Pair) -> str:
         for stage, floor in floors(row, rows["rates"], pair).items():
             measured = row["split"][stage] / row["passes"]
             share = f"{floor / measured:.2f}" if measured else "–"
-            lines.append(f"| {name.removeprefix(RACE)} | {stage} | {measured:.3f} | {floor:.3f} | {share} |")
+            lines.append(f"| {name.removeprefix(RACE)} | {stage} | {measured:.3g} | {floor:.3g} | {share} |")
     return "\n".join([*lines, "", *_verdict(rows, pair)])
 
 
@@ -124,9 +124,9 @@ def _verdict(rows: dict[str, dict], pair: Pair) -> list[str]:
     return [
         f"Fastest row of TRL: {fastest[1]}, {fastest[0]:,.0f} samples/h; NPD {per_hour(npd):,.0f} samples/h, "
         f"{per_hour(npd) / fastest[0]:.2f} times as many.",
-        f"The faster of TRL in the race takes {measured_s:.3f} s per gradient pass; {TARGET} times as fast would be "
-        f"{measured_s / TARGET:.3f} s. NPD's student step alone takes {step:.3f} s, at its floor "
-        f"{floor['student']:.3f} s; with every stage at its floor NPD would take {sum(floor.values()):.3f} s, "
+        f"The faster of TRL in the race takes {measured_s:.3g} s per gradient pass; {TARGET} times as fast would be "
+        f"{measured_s / TARGET:.3g} s. NPD's student step alone takes {step:.3g} s, at its floor "
+        f"{floor['student']:.3g} s; with every stage at its floor NPD would take {sum(floor.values()):.3g} s, "
         f"{measured_s / sum(floor.values()):.2f} times as fast as that opponent as measured.",
     ]
 
@@ -138,13 +138,16 @@ def draw(rows: dict[str, dict], start: str, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
-    axes.set_prop_cycle(color=[*plt.colormaps["tab20"].colors, *plt.colormaps["Set1"].colors])
+    axes.set_prop_cycle(color=[*plt.colormaps["tab20"].colors])
+    bold = iter(plt.colormaps["Dark2"].colors)
     for name, row in rows.items():
         if "saved" not in row:
             continue
         points = [(0.0, rows[start]["kl"]), *((saved["seconds"], saved["kl"]) for saved in row["saved"])]
         racing = name.startswith(RACE)
-        style = {"linewidth": 2.2, "marker": "o", "markersize": 4} if racing else {"linewidth": 0.8, "alpha": 0.6}
+        style: dict = {"linewidth": 1, "alpha": 0.8}
+        if racing:
+            style = {"linewidth": 2.2, "marker": "o", "markersize": 4, "color": next(bold)}
         dashes = "-" if racing else "--" if row["trainer"] else ":"
         axes.plot(*zip(*points, strict=True), dashes, label=name, **style)
     axes.axhline(common_level(rows), color="0.7", linewidth=0.8, zorder=0)
