@@ -6,7 +6,7 @@
 The teacher folder is made by launch/smollm2_cpu.sh, the interpreter for TRL with requirements-vs-on-policy.txt,
 QUESTIONS has "question" and "answer" in each line (GSM8K). Short rows measure rates and where time goes; then the
 fastest of TRL with float32 weights and with bfloat16 ones, which have no masters there, the fastest synchronous row of
-ours and the fastest NPD race to the same held-out divergence.
+ours, the fastest NPD, and NPD's schedule with the dense divergence race to the same held-out divergence.
 
 A row that is in FOLDER/rows.jsonl is not measured again, so the same command goes on where it was stopped.
 """
@@ -45,7 +45,7 @@ class Comparison:
         self._once(START, lambda: {"kl": self._ask("ground.py", "evaluate", weights=[str(self.student)])["kl"][0]})
         trl, ours = trl_rows(self.pair.batch), our_rows(self.pair.batch)
         if self.args.quick:  # every kind of path once
-            trl, ours = trl[::4], [ours[i] for i in (0, 3, 7, 8)]
+            trl, ours = trl[::4], [ours[i] for i in (0, 3, 7, 8, 9)]
         for row in (*trl, *ours):
             self._once(row.name, lambda row=row: self._measure(row, race=False))
         contestants = [
@@ -53,6 +53,7 @@ class Comparison:
             self._fastest([row for row in trl if row.dtype == "bfloat16"]),
             self._fastest([row for row in ours if row.synchronous]),
             self._fastest([row for row in ours if row.settings["filtered"]]),
+            ours[-1],  # NPD's schedule on the divergence that is measured
         ]
         for row in contestants:
             self._once(f"race: {row.name}", lambda row=row: self._measure(row, race=True))
@@ -155,6 +156,7 @@ class Comparison:
             "pack_tokens": pair.pack_tokens,
             "filters": pair.filters,
             "lr": pair.lr,
+            "warmup_steps": 5,
             "beta2": 0.95,
         } | job
         (folder / "job.json").write_text(json.dumps(job))

@@ -25,7 +25,7 @@ class Pair:
 
 PAIRS = {
     "smollm2": Pair(
-        prompts=48,
+        prompts=40,
         short_prompts=16,
         heldout=24,
         short_s=25,
@@ -33,7 +33,7 @@ PAIRS = {
         max_new_tokens=128,
         batch=8,
         pack_tokens=2048,
-        lr=3e-4,
+        lr=1e-4,
         filters={"max_repetition": 0.5},
         warm={"count": 128, "epochs": 2, "pack_tokens": 2048, "lr": 3e-4},
         keep_layers="0-6,27-29",
@@ -93,7 +93,7 @@ def trl_rows(batch: int) -> list[Row]:
 
 
 def our_rows(batch: int) -> list[Row]:
-    """The ladder, one switch at a time; the last row has every switch but sets and filters."""
+    """The ladder, one switch at a time; then every switch but sets and filters, and sets with dense targets."""
     state = {"engine": "hf", "padded": True, "loss": "full", "set": batch, "epochs": 1, "filtered": False}
     rows = [Row(name="ours, synchronous, padded, full logits", settings=dict(state))]
     for name, change, dtype in (
@@ -108,4 +108,5 @@ def our_rows(batch: int) -> list[Row]:
     ):
         state |= change
         rows.append(Row(name=name, dtype=dtype, settings=dict(state)))
-    return rows
+    dense = state | {"set": None, "epochs": EPOCHS_PER_SET, "loss": "dense"}
+    return [*rows, Row(name="sets, dense divergence, vLLM, bfloat16", dtype="bfloat16", settings=dense)]

@@ -46,7 +46,7 @@ def _seen(rows: dict[str, dict]) -> str:
 
 
 def race_table(rows: dict[str, dict], start: str) -> str:
-    """Seconds to a divergence that the first contestant and NPD, the last, both reach."""
+    """Seconds to a divergence that the first contestant and the last both reach."""
     racing, level = _racing(rows), common_level(rows)
     if level >= rows[start]["kl"]:
         return "No race: after so few passes not both are nearer to the teacher than before."
@@ -71,8 +71,8 @@ def _racing(rows: dict[str, dict]) -> dict[str, dict]:
 
 
 def common_level(rows: dict[str, dict]) -> float:
-    first, *_, npd = _racing(rows).values()
-    return max(min(saved["kl"] for saved in row["saved"]) for row in (first, npd))
+    first, *_, last = _racing(rows).values()
+    return max(min(saved["kl"] for saved in row["saved"]) for row in (first, last))
 
 
 def seconds_to(row: dict, level: float, start_kl: float) -> float:
@@ -116,7 +116,7 @@ def floors(row: dict, rates: dict, pair: Pair) -> dict[str, float]:
 
 def _verdict(rows: dict[str, dict], pair: Pair) -> list[str]:
     names = list(_racing(rows))
-    npd = rows[names[-1]]
+    npd = next(row for name, row in _racing(rows).items() if row["settings"].get("filtered"))
     opponent = max((rows[name] for name in names if rows[name]["trainer"]), key=per_hour)
     step, floor = npd["split"]["student"] / npd["passes"], floors(npd, rows["rates"], pair)
     fastest = max((per_hour(row), name) for name, row in rows.items() if row.get("trainer"))

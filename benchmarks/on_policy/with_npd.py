@@ -176,7 +176,7 @@ class Row:
             if self.settings["loss"] == "topk":
                 samples = [example.sample for example in pack]
                 batch, total = make_batch(samples, OBJECTIVE, CPU), weight_sum(samples, OBJECTIVE)
-                train_step(self.model, [batch], self.optimizer, OBJECTIVE, weight_sum=total, lr=self.job["lr"])
+                train_step(self.model, [batch], self.optimizer, OBJECTIVE, weight_sum=total, lr=self._lr())
             else:
                 self._dense_step(pack)
         self._count_changed(seen)
@@ -200,7 +200,11 @@ class Row:
         with self.optimizer.gradients.last_backward():
             (loss / len(predict)).backward()
         self.optimizer.reduce_and_clip()
-        self.optimizer.step(self.job["lr"])
+        self.optimizer.step(self._lr())
+
+    def _lr(self) -> float:
+        """As transformers warms up: the first update has rate 0."""
+        return self.job["lr"] * min(1.0, self.clock.updates / self.job["warmup_steps"])
 
     def _masters(self) -> dict[str, torch.Tensor]:
         kept = self.optimizer.rectangles(copies=True)

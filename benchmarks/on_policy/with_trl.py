@@ -67,7 +67,8 @@ def common(job: dict) -> dict:
         "disable_tqdm": True,
         "logging_steps": 10**6,
         "learning_rate": job["lr"],
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": job["warmup_steps"],
         "adam_beta2": job["beta2"],
         "seed": 0,
     } | job["settings"]
