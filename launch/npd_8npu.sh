@@ -17,7 +17,7 @@ case ${NPD_DEVICE:-npu} in
   npu)
     config=${NPD_CONFIG:-configs/openpangu_1b_8npu.yaml}
     if [ -z "$dry" ]; then . launch/env_ascend.sh; fi
-    npd=(python3 -m npd_ascend)
+    npd=("${PYTHON:-python3}" -m npd_ascend)
     export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
     ;;
   cpu)
