@@ -82,6 +82,11 @@ def whole_pieces(config: DecoderConfig, name: str, shape: tuple[int, ...]) -> li
     return pieces
 
 
+def hf_shapes(model: "Decoder") -> dict[str, tuple[int, ...]]:
+    """Of every whole Hugging Face tensor of the network, by name, whatever part of it is here."""
+    return {piece.name: piece.shape for pieces in model.pieces.values() for piece in pieces}
+
+
 def hf_views(model: "Decoder") -> Iterator[tuple[Piece, torch.Tensor]]:
     """Every piece of every parameter with the rows that hold it, as views."""
     for name, parameter in model.named_parameters():
@@ -111,7 +116,7 @@ def check_hf_weights(model: "Decoder", folder: Path) -> dict[str, Path]:
     buffers, which some checkpoints carry, are computed from the config and passed over; so is a stored copy of a
     tied head.
     """
-    wanted = {piece.name: piece.shape for pieces in model.pieces.values() for piece in pieces}
+    wanted = hf_shapes(model)
     passed_over = {"lm_head.weight"} if model.config.tie_embeddings else set()
     stored = _index(Path(folder))
     buffers = {name for name in stored if name.endswith("rotary_emb.inv_freq")}

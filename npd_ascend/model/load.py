@@ -11,7 +11,7 @@ from npd_ascend.config import KernelConfig
 from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import PLAIN, Decoder, Kernels, initialise
 from npd_ascend.model.families import read_config
-from npd_ascend.model.hf_weights import hf_views, load_hf_weights
+from npd_ascend.model.hf_weights import hf_shapes, hf_views, load_hf_weights
 from npd_ascend.model.safetensors_stream import write_safetensors
 from npd_kernels import layer_ops, packed_attention, token_loss
 
@@ -64,11 +64,10 @@ def save_decoder(
     is not cut.
     """
     copy_model_files(source, folder)
-    shapes = {piece.name: piece.shape for pieces in model.pieces.values() for piece in pieces}
     dtype = model.embed.weight.dtype
     if tensors is None:
         tensors = ((piece.name, view) for piece, view in hf_views(model))
-    write_safetensors(folder / "model.safetensors", shapes, dtype, tensors)
+    write_safetensors(folder / "model.safetensors", hf_shapes(model), dtype, tensors)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

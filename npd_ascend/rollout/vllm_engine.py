@@ -1,6 +1,9 @@
 """Generation with vLLM: continuous batching and a paged KV cache."""
 
+import itertools
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,34 @@ import numpy as np
 import torch
 
 from npd_ascend.errors import UserError
+from npd_ascend.model.decoder import PLAIN, Decoder
 from npd_ascend.model.families import DecoderConfig, read_config
+from npd_ascend.model.hf_weights import hf_shapes
 from npd_ascend.rollout.engine import Completion, Request, Sampling
-from npd_ascend.rollout.vllm_versions import complete, replace_weights, reset_prefix_cache, start_llm
+from npd_ascend.rollout.vllm_versions import (
+    complete,
+    join_sender,
+    rank_count,
+    receive_weights,
+    replace_weights,
+    reset_prefix_cache,
+    start_llm,
+    take_received_weights,
+)
+from npd_ascend.weights.control import TransferError
+from npd_ascend.weights.receiver import WeightReceiver
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a version from memory took: bytes, and seconds in the order in which they pass."""
+
+    total_bytes: int
+    gather_s: float  # of the trainer, who copied it when it was offered
+    wait_s: float  # until the trainer sends: connection, and checksums if this worker is the first who asks
+    transfer_s: float  # checksums compared
+    load_s: float  # into the model
+    reset_s: float  # of the prefix cache
 
 
 class VllmEngine:
@@ -46,6 +74,28 @@ class VllmEngine:
         replace_weights(self._llm, folder, tied=config.tie_embeddings)
         reset_prefix_cache(self._llm)
 
+    def receive_weights(self, receiver: WeightReceiver, version: int) -> Received:
+        """Weights from the trainer's memory, in place of those that load_weights has brought before.
+
+        TransferError if they do not come whole and unchanged within the receiver's time-out; the engine then has the
+        weights that it had, and load_weights takes the new ones from disk.
+        """
+        times = [time.perf_counter()]
+        with receiver.transfer(version):
+            if group := receiver.connect(rank_count(self._llm)):
+                join_sender(self._llm, group)
+            manifest = receiver.manifest(version)
+            times.append(time.perf_counter())
+            receive_weights(self._llm, manifest)
+            if dict(zip(manifest.names, map(tuple, manifest.shapes), strict=True)) != _hf_shapes(self._config):
+                raise TransferError("it is of another network than the one whose weights it should replace")
+        times.append(time.perf_counter())
+        take_received_weights(self._llm, tied=self._config.tie_embeddings)
+        times.append(time.perf_counter())
+        reset_prefix_cache(self._llm)
+        times.append(time.perf_counter())
+        return Received(manifest.total_bytes, manifest.gather_s, *(b - a for a, b in itertools.pairwise(times)))
+
     def next_logprobs(self, contexts: Sequence[tuple[int, ...]], ids: Sequence[int]) -> np.ndarray:
         """By sampling where nothing else is allowed: scoring a prompt would pass the cache by."""
         requests = [Request(context, 1, 0) for context in contexts]
@@ -65,3 +115,8 @@ class VllmEngine:
         tokens = list(range(self._vocab_size)) if padded else None
         allowed_ids = [tokens] * len(requests)
         return complete(self._llm, requests, sampling, eos_id=self._eos_id, allowed_ids=allowed_ids)
+
+
+def _hf_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return hf_shapes(Decoder(config, PLAIN))

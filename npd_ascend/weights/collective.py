@@ -1,0 +1,150 @@
+"""Weights from the trainer's memory into that of a generator: one flat buffer, broadcast in checked buckets.
+
+The bytes pass through host memory over gloo on every device. The trainer keeps a copy there, so it trains on while
+workers take their time, and its serving threads never meet the collectives of a training step; vLLM's weight loaders
+copy from host to device as they do from a file. What vLLM has for devices alone ("nccl"; "hccl" in vllm-ascend, whose
+init_info is master_address, master_port, rank_offset, world_size and whose update_info is names, dtype_names, shapes,
+packed) writes into the model while the weights arrive, unchecked, and wants the trainer's device for it. It has NOT
+been run here, and would replace `open_group`, `Snapshot.send`, `receive_buckets` and the engine in
+rollout/vllm_gloo.py; control.py, sender.py and receiver.py would stay.
+"""
+
+import hashlib
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from npd_ascend.model.decoder import Decoder
+from npd_ascend.model.hf_weights import hf_shapes
+from npd_ascend.parallel.mesh import Mesh
+from npd_ascend.weights.control import TransferError
+from npd_ascend.weights.gather import whole_tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupInfo:
+    """What a rank of a worker needs to join its trainer; `rank_offset` is the rank of the worker's first rank."""
+
+    host: str  # of the store where ranks meet
+    port: int
+    name: str  # of the group in that store
+    own_host: str  # where this worker's ranks listen
+    world_size: int
+    timeout_s: float  # of every collective
+    rank_offset: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What comes: tensors of one dtype back to back in one buffer, which is cut into buckets of equal size."""
+
+    version: int
+    dtype: str  # torch's name of it
+    names: list[str]  # Hugging Face's
+    shapes: list[list[int]]
+    bucket_bytes: int
+    checksums: list[str]  # SHA-256 of every bucket
+    gather_s: float  # that the trainer took to collect them
+
+    @property
+    def numels(self) -> list[int]:
+        return [torch.Size(shape).numel() for shape in self.shapes]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.numels) * getattr(torch, self.dtype).itemsize
+
+    def views(self, buffer: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """(name, tensor) of each, in `buffer` (uint8, total_bytes)."""
+        parts = buffer.view(getattr(torch, self.dtype)).split(self.numels)
+        return [(name, part.view(shape)) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)]
+
+
+class Snapshot:
+    """One version in host memory, apart from the model that trains on. Made on rank 0, while the other ranks of its
+    replica exhaust whole_tensors."""
+
+    def __init__(self, version: int, model: Decoder, mesh: Mesh, dtype: torch.dtype, bucket_bytes: int):
+        started, at = time.perf_counter(), 0
+        self.version, self._dtype, self._bucket_bytes = version, dtype, bucket_bytes
+        self._names: list[str] = []
+        self._shapes: list[list[int]] = []
+        self._values = torch.empty(sum(torch.Size(shape).numel() for shape in hf_shapes(model).values()), dtype=dtype)
+        for name, tensor in whole_tensors(model, mesh):
+            self._values[at : at + tensor.numel()].copy_(tensor.reshape(-1))  # to the host and to its dtype in one
+            self._names.append(name)
+            self._shapes.append(list(tensor.shape))
+            at += tensor.numel()
+        self.gather_s = time.perf_counter() - started
+        self._checksums: list[str] = []
+        self._lock = threading.Lock()
+
+    @property
+    def buckets(self) -> tuple[torch.Tensor, ...]:
+        return self._values.view(torch.uint8).split(self._bucket_bytes)
+
+    def manifest(self) -> Manifest:
+        """The checksums are made by the first who asks, not by the trainer, who waits for the copy alone."""
+        with self._lock:
+            self._checksums = self._checksums or [checksum(bucket) for bucket in self.buckets]
+        return Manifest(
+            version=self.version,
+            dtype=str(self._dtype).removeprefix("torch."),
+            names=self._names,
+            shapes=self._shapes,
+            bucket_bytes=self._bucket_bytes,
+            checksums=self._checksums,
+            gather_s=self.gather_s,
+        )
+
+    def send(self, group: dist.ProcessGroupGloo) -> None:
+        for bucket in self.buckets:
+            _broadcast(bucket, group)
+
+
+def receive_buckets(manifest: Manifest, group: dist.ProcessGroupGloo) -> torch.Tensor:
+    """All bytes of a version, uint8, each bucket compared with its checksum; TransferError names the one that differs.
+
+    RuntimeError, gloo's, if the trainer is lost or silent for the group's time-out.
+    """
+    buffer = torch.empty(manifest.total_bytes, dtype=torch.uint8)
+    differing = []
+    for number, (bucket, wanted) in enumerate(
+        zip(buffer.split(manifest.bucket_bytes), manifest.checksums, strict=True)
+    ):
+        _broadcast(bucket, group)
+        if checksum(bucket) != wanted:
+            differing.append(number)
+    if differing:  # said after the last one, so that the trainer is not left in the middle of a broadcast
+        raise TransferError(
+            f"weight version {manifest.version}: bucket {differing[0]} of {len(manifest.checksums)} differs from its "
+            f"checksum ({len(differing)} in all)"
+        )
+    return buffer
+
+
+def open_group(info: GroupInfo, rank: int, store: dist.Store | None = None) -> dist.ProcessGroupGloo:
+    """A gloo group beside whatever groups this process has; its sockets are bound to info.own_host alone.
+
+    store: rank 0 has it, the others connect to it. RuntimeError if a rank does not come within info.timeout_s.
+    """
+    timeout = timedelta(seconds=info.timeout_s)
+    if store is None:
+        store = dist.TCPStore(info.host, info.port, is_master=False, timeout=timeout, wait_for_workers=False)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=info.own_host)]
+    return dist.ProcessGroupGloo(dist.PrefixStore(info.name, store), rank, info.world_size, options)
+
+
+def checksum(bucket: torch.Tensor) -> str:
+    return hashlib.sha256(memoryview(bucket.numpy())).hexdigest()
+
+
+def _broadcast(bucket: torch.Tensor, group: dist.ProcessGroupGloo) -> None:
+    """From rank 0."""
+    group.broadcast([bucket], dist.BroadcastOptions()).wait()

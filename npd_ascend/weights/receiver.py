@@ -1,0 +1,81 @@
+"""A rollout worker's end of the fast path: who sends, what comes. The tensors go to the engine's own ranks.
+
+What fails hangs up, and the next transfer begins with a new connection, be it to a trainer that was started again.
+"""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from npd_ascend.weights.collective import GroupInfo, Manifest
+from npd_ascend.weights.control import Line, TransferError
+
+
+class WeightReceiver:
+    """folder: RUN/weights. worker: its name in the trainer's log. timeout_s: of silence, then TransferError."""
+
+    def __init__(self, folder: Path, worker: str, *, timeout_s: float):
+        self._file, self._worker, self._timeout_s = folder / "sender.json", worker, timeout_s
+        self._line: Line | None = None
+
+    @contextmanager
+    def transfer(self, version: int) -> Iterator[None]:
+        """Around connect, manifest and what the engine does with them; the trainer is told how it ended.
+
+        Whatever RuntimeError is raised inside, gloo's among them, ends in TransferError, which names the version.
+        """
+        try:
+            yield
+            self._line.send({"failed": None})
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if self._line:
+                with suppress(TransferError):
+                    self._line.send({"failed": reason})
+            self.hang_up()
+            raise TransferError(f"weight version {version} did not come from memory: {reason}") from None
+
+    def connect(self, ranks: int) -> GroupInfo | None:
+        """The group that the engine's ranks must join now; None if they are in it already."""
+        if self._line and self._line.is_open():
+            return None
+        self.hang_up()
+        try:
+            sender = json.loads(self._file.read_text())
+            address = (sender["host"], sender["port"])
+            connected = socket.create_connection(address, self._timeout_s)
+        except FileNotFoundError:
+            raise TransferError(f"{self._file}: not there, so no trainer sends weights") from None
+        except OSError as error:
+            raise TransferError(f"{self._file}: the trainer does not answer ({error})") from None
+        peer = f"the trainer at {sender['host']}:{sender['port']}"
+        try:
+            self._line = Line(connected, sender["token"], peer, self._timeout_s, serves=False)
+            self._line.send({"worker": self._worker, "ranks": ranks})
+            answer = self._line.receive()
+        except TransferError:
+            connected.close()
+            raise
+        return GroupInfo(
+            host=sender["host"],
+            port=answer["port"],
+            name=answer["name"],
+            own_host=self._line.own_address,
+            world_size=1 + ranks,
+            timeout_s=self._timeout_s,
+        )
+
+    def manifest(self, version: int) -> Manifest:
+        """What the trainer is about to send; TransferError if it has another version."""
+        self._line.send({"version": version})
+        answer = self._line.receive()
+        if "refused" in answer:
+            raise TransferError(f"{self._line.peer}: {answer['refused']}")
+        return Manifest(**answer["manifest"])
+
+    def hang_up(self) -> None:
+        if self._line:
+            self._line.hang_up()
+        self._line = None

@@ -1,0 +1,191 @@
+"""The trainer's end of the fast path: the newest version in memory, handed to every rollout worker that asks.
+
+RUN/weights/sender.json says where, and holds the token without which nothing is answered; it is readable for the user
+alone. A version exists because it is on disk: who cannot get it here takes it from there.
+"""
+
+import json
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from npd_ascend.durable import commit_file
+from npd_ascend.errors import UserError
+from npd_ascend.model.decoder import Decoder
+from npd_ascend.parallel.mesh import ALONE, Mesh
+from npd_ascend.weights.collective import GroupInfo, Snapshot, open_group
+from npd_ascend.weights.control import Line, TransferError
+from npd_ascend.weights.gather import whole_tensors
+
+LOOPBACK = "127.0.0.1"
+_BUCKET_BYTES = 1 << 24  # small enough that receiving one and comparing another's checksum share the caches
+_TURN_S = 0.5  # after which an idle thread looks whether the trainer has ended
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_sender(
+    folder: Path,
+    dtype: torch.dtype,
+    mesh: Mesh = ALONE,
+    *,
+    timeout_s: float,
+    host: str = LOOPBACK,
+    bucket_bytes: int = _BUCKET_BYTES,
+) -> Iterator["WeightSender"]:
+    """Serve workers until the block ends; called by all ranks, rank 0 listens.
+
+    folder: RUN/weights. dtype: that workers generate in. timeout_s: of silence, after which a worker counts as lost.
+    host: the address of this host to listen at; UserError if it has no such address.
+    """
+    sender = WeightSender(folder, dtype, mesh, timeout_s=timeout_s, host=host, bucket_bytes=bucket_bytes)
+    try:
+        yield sender
+    finally:
+        sender.close()
+
+
+class WeightSender:
+    """Has one thread to accept workers and one per worker; what happens to a worker is a line in the log here."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, mesh: Mesh, *, timeout_s: float, host: str, bucket_bytes: int):
+        self._dtype, self._timeout_s, self._bucket_bytes, self._host = dtype, timeout_s, bucket_bytes, host
+        self._snapshot: Snapshot | None = None
+        self._offered, self._closed = threading.Condition(), False
+        self._threads: set[threading.Thread] = set()
+        self._file = folder / "sender.json" if mesh.rank == 0 else None
+        if self._file:
+            self._token = secrets.token_hex(32)
+            self._server = _listen(host)
+            self._store = self._open_store()
+            with commit_file(self._file) as draft:
+                draft.touch(mode=0o600)
+                draft.write_text(json.dumps({"host": host, "port": _port(self._server), "token": self._token}))
+            threading.Thread(target=self._accept, daemon=True).start()
+
+    def offer(self, version: int, model: Decoder, mesh: Mesh = ALONE) -> float:
+        """Hand out `version`, which is published, from now on; called by all ranks.
+
+        Returns the seconds that it took to copy it; the model may change again at once.
+        """
+        if mesh.dp_rank > 0:
+            return 0.0
+        if not self._file:
+            for _ in whole_tensors(model, mesh):
+                pass
+            return 0.0
+        snapshot = Snapshot(version, model, mesh, self._dtype, self._bucket_bytes)
+        with self._offered:
+            self._snapshot = snapshot
+            self._offered.notify_all()
+        return snapshot.gather_s
+
+    def close(self) -> None:
+        """Transfers that have begun are finished, for at most timeout_s."""
+        if not self._file or self._closed:
+            return
+        self._closed = True
+        self._file.unlink(missing_ok=True)
+        self._server.shutdown(socket.SHUT_RDWR)  # wakes up the thread that accepts
+        self._server.close()
+        for thread in list(self._threads):
+            thread.join(self._timeout_s)
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connected, (host, port) = self._server.accept()
+            except OSError as error:
+                if not self._closed:
+                    _log.warning("weights: no more workers can connect (%s)", error)
+                return
+            thread = threading.Thread(target=self._serve, args=(connected, f"{host}:{port}"), daemon=True)
+            self._threads.add(thread)
+            thread.start()
+
+    def _serve(self, connected: socket.socket, peer: str) -> None:
+        try:
+            with connected:
+                self._serve_worker(Line(connected, self._token, peer, self._timeout_s, serves=True))
+        except TransferError as error:
+            _log.warning("weights: %s", error)
+        finally:
+            self._threads.discard(threading.current_thread())
+
+    def _serve_worker(self, line: Line) -> None:
+        """Until it hangs up, or does not keep to what was agreed: then TransferError, and it may connect anew."""
+        hello = line.receive()
+        line.peer = f"rollout worker {hello['worker']} at {line.peer}"
+        info = GroupInfo(
+            host=self._host,
+            port=self._store.port,
+            name=secrets.token_hex(16),
+            own_host=self._host,
+            world_size=1 + hello["ranks"],
+            timeout_s=self._timeout_s,
+        )
+        line.send({"port": info.port, "name": info.name})
+        with _lost(line.peer, "before it joined the group"):
+            group = open_group(info, 0, self._store)
+        _log.info("weights: %s is connected", line.peer)
+        while not self._closed and line.is_open():
+            if line.wait(_TURN_S):
+                self._hand_out(line.receive()["version"], line, group)
+
+    def _hand_out(self, version: int, line: Line, group: dist.ProcessGroupGloo) -> None:
+        with self._offered:  # it may have seen the version on disk before it was offered
+            self._offered.wait_for(lambda: self._closed or self._at_least(version), self._timeout_s / 2)
+            snapshot = self._snapshot
+        if snapshot is None or snapshot.version != version:
+            have = f"has version {snapshot.version}" if snapshot else "has no version yet"
+            line.send({"refused": f"the trainer {have}, not {version}"})
+            return
+        line.send({"manifest": asdict(snapshot.manifest())})
+        with _lost(line.peer, f"while version {version} was sent"):
+            snapshot.send(group)
+        if failed := line.receive()["failed"]:
+            raise TransferError(f"{line.peer}: {failed}")
+
+    def _at_least(self, version: int) -> bool:
+        return self._snapshot is not None and self._snapshot.version >= version
+
+    def _open_store(self) -> dist.TCPStore:
+        """Where the ranks of a group meet, at the host that is listened at: by itself it would listen everywhere."""
+        server = _listen(self._host)
+        return dist.TCPStore(
+            self._host,
+            _port(server),
+            is_master=True,
+            timeout=timedelta(seconds=self._timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=server.detach(),
+        )
+
+
+@contextmanager
+def _lost(peer: str, when: str) -> Iterator[None]:
+    """gloo says a lost peer as a RuntimeError without a name."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TransferError(f"{peer}: lost {when} ({str(error).splitlines()[0][:120]})") from None
+
+
+def _listen(host: str) -> socket.socket:
+    try:
+        return socket.create_server((host, 0))
+    except OSError as error:
+        raise UserError(f"weights: this host cannot listen at {host} ({error}); name an address of its own") from None
+
+
+def _port(server: socket.socket) -> int:
+    return server.getsockname()[1]
