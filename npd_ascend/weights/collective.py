@@ -142,9 +142,9 @@ def open_group(info: GroupInfo, rank: int, store: dist.Store | None = None) -> d
 
 
 def checksum(bucket: torch.Tensor) -> str:
-    return hashlib.sha256(memoryview(bucket.numpy())).hexdigest()
+    return hashlib.sha256(bucket.numpy().data).hexdigest()
 
 
 def _broadcast(bucket: torch.Tensor, group: dist.ProcessGroupGloo) -> None:
     """From rank 0."""
-    group.broadcast([bucket], dist.BroadcastOptions()).wait()
+    group.broadcast([bucket], dist.BroadcastOptions()).wait()  # type: ignore[attr-defined]

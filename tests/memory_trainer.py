@@ -1,0 +1,155 @@
+"""A trainer in a process of its own that sends weights from memory, and a worker without an engine that takes them."""
+
+import logging
+import multiprocessing as mp
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from npd_ascend.model.load import load_decoder
+from npd_ascend.records import Prompt
+from npd_ascend.trainer.canary import make_probes
+from npd_ascend.weights import collective
+from npd_ascend.weights.collective import open_group, receive_buckets
+from npd_ascend.weights.disk import DiskChannel
+from npd_ascend.weights.receiver import WeightReceiver
+from npd_ascend.weights.sender import open_sender
+
+CPU = torch.device("cpu")
+TIMEOUT_S = 4.0
+
+
+class _Trainer:
+    """What a Trainer's process does; every method is a command."""
+
+    def __init__(self, sender, folder, source):
+        self._sender, self._disk, self._source = sender, DiskChannel(folder), source
+        self._model = load_decoder(source, dtype=torch.float32, device=CPU)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=0.02)
+        self._random = torch.Generator().manual_seed(5)
+        self._really_broadcast = collective._broadcast
+
+    def _logits(self, ids):
+        return self._model(torch.tensor(ids), [0, len(ids)]) @ self._model.head_weight_VD.T
+
+    def step(self):
+        ids = torch.randint(3, 61, (33,), generator=self._random)
+        loss = torch.nn.functional.cross_entropy(self._logits(ids[:-1].tolist()), ids[1:])
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def publish(self, version, prompts):
+        """On disk first; that is what makes a version exist."""
+        records = [Prompt(prompt_id=f"p{i}", text="", token_ids=ids) for i, ids in enumerate(prompts)]
+        self._disk.publish(version, self._model, self._source, make_probes(self._model, records, "chunked"))
+        return self.offer(version)
+
+    def offer(self, version):
+        return self._sender.offer(version, self._model)
+
+    @torch.inference_mode()
+    def greedy(self, prompt, limit):
+        """(tokens, their log-probs), without a cache."""
+        ids, logprobs = list(prompt), []
+        for _ in range(limit):
+            last = self._logits(ids)[-1].log_softmax(-1)
+            ids.append(int(last.argmax()))
+            logprobs.append(float(last.max()))
+        return tuple(ids[len(prompt) :]), np.array(logprobs)
+
+    def damage(self, flipped=(), slow=(), pause_s=0.0):
+        """From now on a bit of these buckets is flipped on the way; before those there is a pause."""
+        sent = iter(range(10**9))
+
+        def broadcast(bucket, group):
+            number = next(sent)
+            if number in slow:
+                time.sleep(pause_s)
+            if number in flipped:
+                bucket = bucket.clone()
+                bucket[len(bucket) // 2] ^= 16
+            self._really_broadcast(bucket, group)
+
+        collective._broadcast = broadcast
+
+    def heal(self):
+        collective._broadcast = self._really_broadcast
+
+
+def _work(pipe, folder, source, dtype, settings):
+    torch.set_num_threads(1)
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    with open_sender(folder, dtype, timeout_s=TIMEOUT_S, **settings) as sender:
+        trainer = _Trainer(sender, folder, source)
+        pipe.send("ready")
+        while (command := pipe.recv()) is not None:
+            name, *arguments = command
+            pipe.send(lines if name == "warnings" else getattr(trainer, name)(*arguments))
+    pipe.send("closed")
+
+
+class Trainer:
+    """folder: RUN/weights. source: the model it begins with. What it is asked it answers when that is done."""
+
+    def __init__(self, folder: Path, source: Path, dtype=torch.float32, **settings):
+        folder.mkdir(parents=True, exist_ok=True)
+        context = mp.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, folder, source, dtype, {"bucket_bytes": 1 << 14} | settings)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        assert self._pipe.recv() == "ready"
+
+    def ask(self, *command):
+        self._pipe.send(command)
+        assert self._pipe.poll(60), command
+        return self._pipe.recv()
+
+    def warning_with(self, words: str) -> str:
+        """The one warning that has them; it may still be on its way."""
+        deadline = time.monotonic() + 2 * TIMEOUT_S
+        while not (found := [line for line in self.ask("warnings") if words in line]):
+            assert time.monotonic() < deadline, (words, self.ask("warnings"))
+            time.sleep(0.05)
+        assert len(found) == 1
+        return found[0]
+
+    def close(self):
+        if self.process.is_alive():
+            self._pipe.send(None)
+            assert self._pipe.recv() == "closed"
+        self.process.join(10)
+
+
+class Worker:
+    """Does with a receiver what an engine does, and keeps the tensors."""
+
+    def __init__(self, folder: Path, name: str = "rollout-0", timeout_s: float = TIMEOUT_S):
+        self._receiver, self._group = WeightReceiver(folder, name, timeout_s=timeout_s), None
+
+    def take(self, version: int) -> dict[str, torch.Tensor]:
+        with self._receiver.transfer(version):
+            if info := self._receiver.connect(1):
+                self._group = open_group(info, 1)
+            manifest = self._receiver.manifest(version)
+            buffer = receive_buckets(manifest, self._group)
+        return dict(manifest.views(buffer))
+
+
+def work_once(folder: Path, version: int, pipe) -> None:
+    """A worker process that takes one version and says what came of it."""
+    torch.set_num_threads(1)
+    pipe.send(os.getpid())
+    try:
+        pipe.send(sorted(Worker(folder, "rollout-7").take(version)))
+    except RuntimeError as error:
+        pipe.send(str(error))
