@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from npd_ascend.model.hf_weights import load_hf_weights
 from npd_ascend.model.load import load_decoder
 from npd_ascend.records import Prompt
 from npd_ascend.trainer.canary import make_probes
@@ -43,6 +44,10 @@ class _Trainer:
         self._optimizer.step()
         return float(loss.detach())
 
+    def begin_again(self):
+        """With the weights that it began with, far from those of now."""
+        load_hf_weights(self._model, self._source)
+
     def publish(self, version, prompts):
         """On disk first; that is what makes a version exist."""
         records = [Prompt(prompt_id=f"p{i}", text="", token_ids=ids) for i, ids in enumerate(prompts)]
@@ -53,10 +58,13 @@ class _Trainer:
         return self._sender.offer(version, self._model)
 
     @torch.inference_mode()
-    def greedy(self, prompt, limit):
-        """(tokens, their log-probs), without a cache."""
+    def greedy(self, prompts, limit, eos_id):
+        """(tokens, their log-probs) of every answer, without a cache."""
+        return [self._greedy(prompt, limit, eos_id) for prompt in prompts]
+
+    def _greedy(self, prompt, limit, eos_id):
         ids, logprobs = list(prompt), []
-        for _ in range(limit):
+        while len(logprobs) < limit and (not logprobs or ids[-1] != eos_id):
             last = self._logits(ids)[-1].log_softmax(-1)
             ids.append(int(last.argmax()))
             logprobs.append(float(last.max()))
@@ -141,6 +149,7 @@ class Worker:
             if info := self._receiver.connect(1):
                 self._group = open_group(info, 1)
             manifest = self._receiver.manifest(version)
+            self._receiver.start()
             buffer = receive_buckets(manifest, self._group)
         return dict(manifest.views(buffer))
 

@@ -85,10 +85,11 @@ class VllmEngine:
             if group := receiver.connect(rank_count(self._llm)):
                 join_sender(self._llm, group)
             manifest = receiver.manifest(version)
-            times.append(time.perf_counter())
-            receive_weights(self._llm, manifest)
             if dict(zip(manifest.names, map(tuple, manifest.shapes), strict=True)) != _hf_shapes(self._config):
                 raise TransferError("it is of another network than the one whose weights it should replace")
+            receiver.start()
+            times.append(time.perf_counter())
+            receive_weights(self._llm, manifest)
         times.append(time.perf_counter())
         take_received_weights(self._llm, tied=self._config.tie_embeddings)
         times.append(time.perf_counter())

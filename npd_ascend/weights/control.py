@@ -7,6 +7,7 @@ was said on another connection counts here. Nothing is parsed before its HMAC wa
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import socket
 import struct
@@ -20,6 +21,11 @@ _MOST_BYTES = 1 << 24  # of one message; who has no token must not make us reser
 
 class TransferError(RuntimeError):
     """The weights did not come. Who asked still has those of before, and finds the new ones on disk."""
+
+
+def reason_of(error: RuntimeError) -> str:
+    """In one line; gloo's begin with a place in its source and end with advice."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
 class Line:

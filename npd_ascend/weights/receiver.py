@@ -10,11 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from npd_ascend.weights.collective import GroupInfo, Manifest
-from npd_ascend.weights.control import Line, TransferError
+from npd_ascend.weights.control import Line, TransferError, reason_of
 
 
 class WeightReceiver:
-    """folder: RUN/weights. worker: its name in the trainer's log. timeout_s: of silence, then TransferError."""
+    """For one engine, whose ranks share a group with the trainer as long as this is connected to it.
+
+    folder: RUN/weights. worker: its name in the trainer's log. timeout_s: of silence, then TransferError.
+    """
 
     def __init__(self, folder: Path, worker: str, *, timeout_s: float):
         self._file, self._worker, self._timeout_s = folder / "sender.json", worker, timeout_s
@@ -22,20 +25,18 @@ class WeightReceiver:
 
     @contextmanager
     def transfer(self, version: int) -> Iterator[None]:
-        """Around connect, manifest and what the engine does with them; the trainer is told how it ended.
+        """Around connect, manifest, start and the broadcasts, in this order; the trainer is told how it ended.
 
         Whatever RuntimeError is raised inside, gloo's among them, ends in TransferError, which names the version.
         """
         try:
             yield
-            self._line.send({"failed": None})
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            if self._line:
-                with suppress(TransferError):
-                    self._line.send({"failed": reason})
+            reason = reason_of(error)
+            self._say_failed(reason)
             self.hang_up()
             raise TransferError(f"weight version {version} did not come from memory: {reason}") from None
+        self._say_failed(None)
 
     def connect(self, ranks: int) -> GroupInfo | None:
         """The group that the engine's ranks must join now; None if they are in it already."""
@@ -68,12 +69,22 @@ class WeightReceiver:
         )
 
     def manifest(self, version: int) -> Manifest:
-        """What the trainer is about to send; TransferError if it has another version."""
+        """What the trainer sends after `start`; TransferError if it has another version."""
         self._line.send({"version": version})
         answer = self._line.receive()
         if "refused" in answer:
             raise TransferError(f"{self._line.peer}: {answer['refused']}")
         return Manifest(**answer["manifest"])
+
+    def start(self) -> None:
+        """The trainer may send: the broadcasts of a manifest that was found good begin now."""
+        self._line.send({"failed": None})
+
+    def _say_failed(self, reason: str | None) -> None:
+        """What is here is here, and what is not is not, whether or not the trainer still listens."""
+        if self._line:
+            with suppress(TransferError):
+                self._line.send({"failed": reason})
 
     def hang_up(self) -> None:
         if self._line:

@@ -23,7 +23,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.weights.collective import GroupInfo, Snapshot, open_group
-from npd_ascend.weights.control import Line, TransferError
+from npd_ascend.weights.control import Line, TransferError, reason_of
 from npd_ascend.weights.gather import whole_tensors
 
 LOOPBACK = "127.0.0.1"
@@ -150,10 +150,10 @@ class WeightSender:
             line.send({"refused": f"the trainer {have}, not {version}"})
             return
         line.send({"manifest": asdict(snapshot.manifest())})
+        _raise_failed(line)
         with _lost(line.peer, f"while version {version} was sent"):
             snapshot.send(group)
-        if failed := line.receive()["failed"]:
-            raise TransferError(f"{line.peer}: {failed}")
+        _raise_failed(line)
 
     def _at_least(self, version: int) -> bool:
         return self._snapshot is not None and self._snapshot.version >= version
@@ -171,13 +171,18 @@ class WeightSender:
         )
 
 
+def _raise_failed(line: Line) -> None:
+    if reason := line.receive()["failed"]:
+        raise TransferError(f"{line.peer}: {reason}")
+
+
 @contextmanager
 def _lost(peer: str, when: str) -> Iterator[None]:
     """gloo says a lost peer as a RuntimeError without a name."""
     try:
         yield
     except RuntimeError as error:
-        raise TransferError(f"{peer}: lost {when} ({str(error).splitlines()[0][:120]})") from None
+        raise TransferError(f"{peer}: lost {when} ({reason_of(error)})") from None
 
 
 def _listen(host: str) -> socket.socket:
