@@ -3,6 +3,7 @@
 import logging
 import multiprocessing as mp
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -29,15 +30,15 @@ class _Trainer:
     def __init__(self, sender, folder, source):
         self._sender, self._disk, self._source = sender, DiskChannel(folder), source
         self._model = load_decoder(source, dtype=torch.float32, device=CPU)
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=0.02)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=0.002)
         self._random = torch.Generator().manual_seed(5)
-        self._really_broadcast = collective._broadcast
+        self._really_broadcast, self._healed = collective.broadcast, threading.Event()
 
     def _logits(self, ids):
         return self._model(torch.tensor(ids), [0, len(ids)]) @ self._model.head_weight_VD.T
 
     def step(self):
-        ids = torch.randint(3, 61, (33,), generator=self._random)
+        ids = torch.randint(3, 61, (24,), generator=self._random).repeat(2)  # the second half asks for attention
         loss = torch.nn.functional.cross_entropy(self._logits(ids[:-1].tolist()), ids[1:])
         self._optimizer.zero_grad()
         loss.backward()
@@ -70,23 +71,30 @@ class _Trainer:
             logprobs.append(float(last.max()))
         return tuple(ids[len(prompt) :]), np.array(logprobs)
 
-    def damage(self, flipped=(), slow=(), pause_s=0.0):
-        """From now on a bit of these buckets is flipped on the way; before those there is a pause."""
+    def damage(self, flipped=(), stop_at=None):
+        """From now on a bit of these buckets is flipped on the way; before that one the sender stops until `heal`."""
         sent = iter(range(10**9))
 
         def broadcast(bucket, group):
             number = next(sent)
-            if number in slow:
-                time.sleep(pause_s)
+            if number == stop_at:
+                self._stopped = True
+                self._healed.wait()
             if number in flipped:
                 bucket = bucket.clone()
                 bucket[len(bucket) // 2] ^= 16
-            self._really_broadcast(bucket, group)
+            return self._really_broadcast(bucket, group)
 
-        collective._broadcast = broadcast
+        self._stopped = False
+        self._healed.clear()
+        collective.broadcast = broadcast
+
+    def is_stopped(self):
+        return self._stopped
 
     def heal(self):
-        collective._broadcast = self._really_broadcast
+        collective.broadcast = self._really_broadcast
+        self._healed.set()
 
 
 def _work(pipe, folder, source, dtype, settings):
@@ -131,6 +139,15 @@ class Trainer:
         assert len(found) == 1
         return found[0]
 
+    def signal_when_stopped(self, how):
+        """In the middle of a transfer."""
+        self.wait_until_stopped()
+        os.kill(self.process.pid, how)
+
+    def wait_until_stopped(self):
+        while not self.ask("is_stopped"):
+            time.sleep(0.05)
+
     def close(self):
         if self.process.is_alive():
             self._pipe.send(None)
@@ -154,11 +171,10 @@ class Worker:
         return dict(manifest.views(buffer))
 
 
-def work_once(folder: Path, version: int, pipe) -> None:
+def work_once(folder: Path, version: int, name: str, pipe) -> None:
     """A worker process that takes one version and says what came of it."""
     torch.set_num_threads(1)
-    pipe.send(os.getpid())
     try:
-        pipe.send(sorted(Worker(folder, "rollout-7").take(version)))
+        pipe.send(sorted(Worker(folder, name).take(version)))
     except RuntimeError as error:
         pipe.send(str(error))

@@ -54,6 +54,7 @@ class VllmEngine:
         self._max_model_len, self._kv_cache_bytes = max_model_len, int(kv_cache_gib * 2**30)
         self._llm: Any = None
         self._config: DecoderConfig = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def load_weights(self, folder: Path) -> None:
         """In place after the first time; UserError if the folder then holds another network."""
@@ -67,7 +68,7 @@ class VllmEngine:
             self._llm = start_llm(
                 folder, dtype=self._dtype, max_model_len=self._max_model_len, kv_cache_bytes=self._kv_cache_bytes
             )
-            self._config = config
+            self._config, self._shapes = config, _hf_shapes(config)
             return
         if config != self._config:
             raise UserError(f"{folder}/config.json: another network than the one whose weights it should replace")
@@ -85,7 +86,7 @@ class VllmEngine:
             if group := receiver.connect(rank_count(self._llm)):
                 join_sender(self._llm, group)
             manifest = receiver.manifest(version)
-            if dict(zip(manifest.names, map(tuple, manifest.shapes), strict=True)) != _hf_shapes(self._config):
+            if dict(zip(manifest.names, map(tuple, manifest.shapes), strict=True)) != self._shapes:
                 raise TransferError("it is of another network than the one whose weights it should replace")
             receiver.start()
             times.append(time.perf_counter())

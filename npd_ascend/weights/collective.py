@@ -88,7 +88,7 @@ class Snapshot:
         return self._values.view(torch.uint8).split(self._bucket_bytes)
 
     def manifest(self) -> Manifest:
-        """The checksums are made by the first who asks, not by the trainer, who waits for the copy alone."""
+        """The checksums are made by whoever asks first; the trainer waits for the copy alone."""
         with self._lock:
             self._checksums = self._checksums or [checksum(bucket) for bucket in self.buckets]
         return Manifest(
@@ -103,7 +103,7 @@ class Snapshot:
 
     def send(self, group: dist.ProcessGroupGloo) -> None:
         for bucket in self.buckets:
-            _broadcast(bucket, group)
+            broadcast(bucket, group).wait()
 
 
 def receive_buckets(manifest: Manifest, group: dist.ProcessGroupGloo) -> torch.Tensor:
@@ -112,11 +112,11 @@ def receive_buckets(manifest: Manifest, group: dist.ProcessGroupGloo) -> torch.T
     RuntimeError, gloo's, if the trainer is lost or silent for the group's time-out.
     """
     buffer = torch.empty(manifest.total_bytes, dtype=torch.uint8)
+    buckets = buffer.split(manifest.bucket_bytes)
+    arriving = [broadcast(bucket, group) for bucket in buckets]  # one is checked while the next is on its way
     differing = []
-    for number, (bucket, wanted) in enumerate(
-        zip(buffer.split(manifest.bucket_bytes), manifest.checksums, strict=True)
-    ):
-        _broadcast(bucket, group)
+    for number, (work, bucket, wanted) in enumerate(zip(arriving, buckets, manifest.checksums, strict=True)):
+        work.wait()
         if checksum(bucket) != wanted:
             differing.append(number)
     if differing:  # said after the last one, so that the trainer is not left in the middle of a broadcast
@@ -145,6 +145,6 @@ def checksum(bucket: torch.Tensor) -> str:
     return hashlib.sha256(bucket.numpy().data).hexdigest()
 
 
-def _broadcast(bucket: torch.Tensor, group: dist.ProcessGroupGloo) -> None:
+def broadcast(bucket: torch.Tensor, group: dist.ProcessGroupGloo) -> dist.Work:
     """From rank 0."""
-    group.broadcast([bucket], dist.BroadcastOptions()).wait()  # type: ignore[attr-defined]
+    return group.broadcast([bucket], dist.BroadcastOptions())  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ class WeightReceiver:
     def __init__(self, folder: Path, worker: str, *, timeout_s: float):
         self._file, self._worker, self._timeout_s = folder / "sender.json", worker, timeout_s
         self._line: Line | None = None
+        self._owes_answer = False  # to a manifest, how its transfer ended
 
     @contextmanager
     def transfer(self, version: int) -> Iterator[None]:
@@ -74,6 +75,7 @@ class WeightReceiver:
         answer = self._line.receive()
         if "refused" in answer:
             raise TransferError(f"{self._line.peer}: {answer['refused']}")
+        self._owes_answer = True
         return Manifest(**answer["manifest"])
 
     def start(self) -> None:
@@ -82,9 +84,10 @@ class WeightReceiver:
 
     def _say_failed(self, reason: str | None) -> None:
         """What is here is here, and what is not is not, whether or not the trainer still listens."""
-        if self._line:
+        if self._owes_answer:
             with suppress(TransferError):
                 self._line.send({"failed": reason})
+        self._owes_answer = False
 
     def hang_up(self) -> None:
         if self._line:

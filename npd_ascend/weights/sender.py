@@ -9,6 +9,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from npd_ascend.weights.control import Line, TransferError, reason_of
 from npd_ascend.weights.gather import whole_tensors
 
 LOOPBACK = "127.0.0.1"
-_BUCKET_BYTES = 1 << 24  # small enough that receiving one and comparing another's checksum share the caches
+BUCKET_BYTES = 1 << 24  # small enough that receiving one and comparing another's checksum share the caches
 _TURN_S = 0.5  # after which an idle thread looks whether the trainer has ended
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def open_sender(
     *,
     timeout_s: float,
     host: str = LOOPBACK,
-    bucket_bytes: int = _BUCKET_BYTES,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator["WeightSender"]:
     """Serve workers until the block ends; called by all ranks, rank 0 listens.
 
@@ -83,10 +84,12 @@ class WeightSender:
             for _ in whole_tensors(model, mesh):
                 pass
             return 0.0
+        self._snapshot = None  # the newest version alone: who asks now is answered when it is there
         snapshot = Snapshot(version, model, mesh, self._dtype, self._bucket_bytes)
         with self._offered:
             self._snapshot = snapshot
             self._offered.notify_all()
+        threading.Thread(target=snapshot.manifest, daemon=True).start()  # before a worker has to wait for it
         return snapshot.gather_s
 
     def close(self) -> None:
@@ -97,8 +100,9 @@ class WeightSender:
         self._file.unlink(missing_ok=True)
         self._server.shutdown(socket.SHUT_RDWR)  # wakes up the thread that accepts
         self._server.close()
+        deadline = time.monotonic() + self._timeout_s
         for thread in list(self._threads):
-            thread.join(self._timeout_s)
+            thread.join(max(deadline - time.monotonic(), 0))
 
     def _accept(self) -> None:
         while not self._closed:
