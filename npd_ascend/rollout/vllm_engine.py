@@ -79,7 +79,8 @@ class VllmEngine:
         """Weights from the trainer's memory, in place of those that load_weights has brought before.
 
         TransferError if they do not come whole and unchanged within the receiver's time-out; the engine then has the
-        weights that it had, and load_weights takes the new ones from disk.
+        weights that it had, and load_weights takes the new ones from disk. Anything else that vLLM raises while it
+        loads leaves it with neither: the process is to end.
         """
         times = [time.perf_counter()]
         with receiver.transfer(version):

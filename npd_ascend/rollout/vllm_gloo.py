@@ -1,4 +1,4 @@
-"""vLLM's end of the fast path: a backend of its weight-transfer API, for every rank of an engine.
+"""vLLM's end of the fast path: a backend of its weight-transfer API, known where this module was imported.
 
 Unlike vLLM's own backends it takes nothing into the model before all of it is here and checked, so a transfer that
 fails leaves the engine with the weights that it had. The price is the weights once more in host memory while it lasts.
