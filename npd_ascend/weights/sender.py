@@ -30,6 +30,7 @@ from npd_ascend.weights.gather import whole_tensors
 LOOPBACK = "127.0.0.1"
 BUCKET_BYTES = 1 << 24  # small enough that receiving one and comparing another's checksum share the caches
 _TURN_S = 0.5  # after which an idle thread looks whether the trainer has ended
+_GRACE_S = 2.0  # from the commit of a version on disk to its offer, generously
 _log = logging.getLogger(__name__)
 
 
@@ -60,8 +61,9 @@ class WeightSender:
 
     def __init__(self, folder: Path, dtype: torch.dtype, mesh: Mesh, *, timeout_s: float, host: str, bucket_bytes: int):
         self._dtype, self._timeout_s, self._bucket_bytes, self._host = dtype, timeout_s, bucket_bytes, host
-        self._snapshot: Snapshot | None = None
-        self._offered, self._closed = threading.Condition(), False
+        self._version = -1  # the newest that was offered
+        self._snapshot: Snapshot | None = None  # of it, once it is made
+        self._changed, self._closed = threading.Condition(), False
         self._threads: set[threading.Thread] = set()
         self._file = folder / "sender.json" if mesh.rank == 0 else None
         if self._file:
@@ -84,13 +86,16 @@ class WeightSender:
             for _ in whole_tensors(model, mesh):
                 pass
             return 0.0
-        self._snapshot = None  # the newest version alone: who asks now is answered when it is there
+        self._set(version, None)  # before the copy is made: there should be one of them at a time
         snapshot = Snapshot(version, model, mesh, self._dtype, self._bucket_bytes)
-        with self._offered:
-            self._snapshot = snapshot
-            self._offered.notify_all()
+        self._set(version, snapshot)
         threading.Thread(target=snapshot.manifest, daemon=True).start()  # before a worker has to wait for it
         return snapshot.gather_s
+
+    def _set(self, version: int, snapshot: Snapshot | None) -> None:
+        with self._changed:
+            self._version, self._snapshot = version, snapshot
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Transfers that have begun are finished, for at most timeout_s."""
@@ -146,21 +151,19 @@ class WeightSender:
                 self._hand_out(line.receive()["version"], line, group)
 
     def _hand_out(self, version: int, line: Line, group: dist.ProcessGroupGloo) -> None:
-        with self._offered:  # it may have seen the version on disk before it was offered
-            self._offered.wait_for(lambda: self._closed or self._at_least(version), self._timeout_s / 2)
-            snapshot = self._snapshot
-        if snapshot is None or snapshot.version != version:
-            have = f"has version {snapshot.version}" if snapshot else "has no version yet"
-            line.send({"refused": f"the trainer {have}, not {version}"})
+        with self._changed:
+            # the worker may have seen it on disk just before it was offered, or while it is copied
+            self._changed.wait_for(lambda: self._version >= version, min(_GRACE_S, self._timeout_s / 4))
+            self._changed.wait_for(lambda: self._snapshot or self._version != version, self._timeout_s / 2)
+            newest, snapshot = self._version, self._snapshot
+        if snapshot is None or newest != version:
+            line.send({"refused": f"it has {f'version {newest}' if newest >= 0 else 'no version yet'}, not {version}"})
             return
         line.send({"manifest": asdict(snapshot.manifest())})
         _raise_failed(line)
         with _lost(line.peer, f"while version {version} was sent"):
             snapshot.send(group)
         _raise_failed(line)
-
-    def _at_least(self, version: int) -> bool:
-        return self._snapshot is not None and self._snapshot.version >= version
 
     def _open_store(self) -> dist.TCPStore:
         """Where the ranks of a group meet, at the host that is listened at: by itself it would listen everywhere."""
