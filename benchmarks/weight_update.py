@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from train_step import SMOLLM2_135M
 
 from npd_ascend.device import DTYPES
@@ -74,7 +73,7 @@ def measure(folder: Path, dtype: str, updates: int) -> dict:
     receiver.hang_up()
     pipe.send(None)
     least = {name: round(min(row[name] for row in rows[1:]), 4) for name in rows[0]}
-    return {"dtype": dtype} | least | floor(received["total_bytes"], updates, pipe)
+    return {"dtype": dtype} | least | floor(folder, received["total_bytes"], updates, pipe)
 
 
 def train(pipe, source: Path, weights: Path, dtype: str) -> None:
@@ -95,14 +94,11 @@ def train(pipe, source: Path, weights: Path, dtype: str) -> None:
         send(buffer, group)
 
 
-def floor(total_bytes: int, repeats: int, pipe) -> dict:
+def floor(folder: Path, total_bytes: int, repeats: int, pipe) -> dict:
     """Seconds of one broadcast to the trainer's process, of one copy in memory, and of one checksum."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    info = GroupInfo(
-        host="127.0.0.1", port=store.port, name="floor", own_host="127.0.0.1", world_size=2, timeout_s=TIMEOUT_S
-    )
+    info = GroupInfo(meeting=str(folder / "floor"), own_host="127.0.0.1", world_size=2, timeout_s=TIMEOUT_S)
     pipe.send((info, total_bytes, repeats))
-    group, buffer = open_group(info, 0, store), torch.ones(total_bytes, dtype=torch.uint8)
+    group, buffer = open_group(info, 0), torch.ones(total_bytes, dtype=torch.uint8)
     copy = torch.zeros_like(buffer)
     pieces = buffer.split(BUCKET_BYTES)
     return {

@@ -154,7 +154,10 @@ def test_who_has_no_token_is_refused(served):
 
 
 def test_all_ports_are_bound_to_loopback(served):
-    _, trainer = served
+    folder, trainer = served
+    trainer.ask("publish", 65, PROMPTS)
+    worker = Worker(folder)
+    worker.take(65)
     listening = {
         line.split()[9]: line.split()[1].split(":")[0]
         for kind in ("tcp", "tcp6")
@@ -163,8 +166,10 @@ def test_all_ports_are_bound_to_loopback(served):
     }
     links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{trainer.process.pid}/fd")]
     mine = [listening[link[8:-1]] for link in links if link.startswith("socket:") and link[8:-1] in listening]
-    assert len(mine) >= 2
+    assert len(mine) >= 2  # the trainer's own, and gloo's for the worker
     assert set(mine) == {"0100007F"}
+    assert stat.S_IMODE((folder / "meetings").stat().st_mode) == 0o700
+    worker.take(65)  # it is still connected
 
 
 def test_torn_messages_and_silence_end_a_connection_and_nothing_else(served):
@@ -196,7 +201,7 @@ def test_a_trainer_that_does_not_answer_properly_is_left(tmp_path, answer):
         elif answer == "changed":
             mac = line._mac
             line._mac = lambda side, number, payload: mac(side, number, payload + b" ")
-            line.send({"port": 1, "name": "x"})
+            line.send({"meeting": "x"})
         time.sleep(1.5)
 
     thread = threading.Thread(target=serve)

@@ -29,10 +29,8 @@ from npd_ascend.weights.gather import whole_tensors
 class GroupInfo:
     """What a rank of a worker needs to join its trainer; `rank_offset` is the rank of the worker's first rank."""
 
-    host: str  # of the store where ranks meet
-    port: int
-    name: str  # of the group in that store
-    own_host: str  # where this worker's ranks listen
+    meeting: str  # the file in which the ranks tell each other where they listen
+    own_host: str  # at which address this worker's ranks do
     world_size: int
     timeout_s: float  # of every collective
     rank_offset: int = 1
@@ -127,18 +125,18 @@ def receive_buckets(manifest: Manifest, group: dist.ProcessGroupGloo) -> torch.T
     return buffer
 
 
-def open_group(info: GroupInfo, rank: int, store: dist.Store | None = None) -> dist.ProcessGroupGloo:
+def open_group(info: GroupInfo, rank: int) -> dist.ProcessGroupGloo:
     """A gloo group beside whatever groups this process has; its sockets are bound to info.own_host alone.
 
-    store: rank 0 has it, the others connect to it. RuntimeError if a rank does not come within info.timeout_s.
+    RuntimeError if a rank does not come within info.timeout_s.
     """
-    timeout = timedelta(seconds=info.timeout_s)
-    if store is None:
-        store = dist.TCPStore(info.host, info.port, is_master=False, timeout=timeout, wait_for_workers=False)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timeout
+    options._timeout = timedelta(seconds=info.timeout_s)
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=info.own_host)]
-    return dist.ProcessGroupGloo(dist.PrefixStore(info.name, store), rank, info.world_size, options)
+    # a file, not a server of torch's: that listens at every address, and answers whoever connects
+    store = dist.FileStore(info.meeting, info.world_size)
+    store.set_timeout(options._timeout)
+    return dist.ProcessGroupGloo(store, rank, info.world_size, options)
 
 
 def checksum(bucket: torch.Tensor) -> str:

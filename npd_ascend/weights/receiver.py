@@ -61,9 +61,7 @@ class WeightReceiver:
             connected.close()
             raise
         return GroupInfo(
-            host=sender["host"],
-            port=answer["port"],
-            name=answer["name"],
+            meeting=answer["meeting"],
             own_host=self._line.own_address,
             world_size=1 + ranks,
             timeout_s=self._timeout_s,

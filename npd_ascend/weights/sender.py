@@ -7,13 +7,13 @@ alone. A version exists because it is on disk: who cannot get it here takes it f
 import json
 import logging
 import secrets
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -66,10 +66,12 @@ class WeightSender:
         self._changed, self._closed = threading.Condition(), False
         self._threads: set[threading.Thread] = set()
         self._file = folder / "sender.json" if mesh.rank == 0 else None
+        self._meetings = folder / "meetings"
         if self._file:
+            shutil.rmtree(self._meetings, ignore_errors=True)
+            self._meetings.mkdir(mode=0o700, parents=True)
             self._token = secrets.token_hex(32)
             self._server = _listen(host)
-            self._store = self._open_store()
             with commit_file(self._file) as draft:
                 draft.touch(mode=0o600)
                 draft.write_text(json.dumps({"host": host, "port": _port(self._server), "token": self._token}))
@@ -108,6 +110,7 @@ class WeightSender:
         deadline = time.monotonic() + self._timeout_s
         for thread in list(self._threads):
             thread.join(max(deadline - time.monotonic(), 0))
+        shutil.rmtree(self._meetings, ignore_errors=True)
 
     def _accept(self) -> None:
         while not self._closed:
@@ -135,16 +138,14 @@ class WeightSender:
         hello = line.receive()
         line.peer = f"rollout worker {hello['worker']} at {line.peer}"
         info = GroupInfo(
-            host=self._host,
-            port=self._store.port,
-            name=secrets.token_hex(16),
+            meeting=str(self._meetings / secrets.token_hex(16)),
             own_host=self._host,
             world_size=1 + hello["ranks"],
             timeout_s=self._timeout_s,
         )
-        line.send({"port": info.port, "name": info.name})
+        line.send({"meeting": info.meeting})
         with _lost(line.peer, "before it joined the group"):
-            group = open_group(info, 0, self._store)
+            group = open_group(info, 0)
         _log.info("weights: %s is connected", line.peer)
         while not self._closed and line.is_open():
             if line.wait(_TURN_S):
@@ -164,18 +165,6 @@ class WeightSender:
         with _lost(line.peer, f"while version {version} was sent"):
             snapshot.send(group)
         _raise_failed(line)
-
-    def _open_store(self) -> dist.TCPStore:
-        """Where the ranks of a group meet, at the host that is listened at: by itself it would listen everywhere."""
-        server = _listen(self._host)
-        return dist.TCPStore(
-            self._host,
-            _port(server),
-            is_master=True,
-            timeout=timedelta(seconds=self._timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=server.detach(),
-        )
 
 
 def _raise_failed(line: Line) -> None:

@@ -120,7 +120,8 @@ def test_a_head_that_kept_the_old_embedding_is_seen(run, monkeypatch):
 
 
 def test_a_flipped_bit_changes_nothing(run):
-    run.load()
+    run.publish()
+    run.receive()
     before = run.answers()
     run.publish()
     run.trainer.ask("damage", [1])
