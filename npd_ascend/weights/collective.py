@@ -24,6 +24,8 @@ from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.weights.control import TransferError
 from npd_ascend.weights.gather import whole_tensors
 
+MEETINGS = "meetings"  # folder of RUN/weights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupInfo:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from npd_ascend.weights.collective import GroupInfo, Manifest
+from npd_ascend.weights.collective import MEETINGS, GroupInfo, Manifest
 from npd_ascend.weights.control import Line, TransferError, reason_of
 
 
@@ -61,7 +61,7 @@ class WeightReceiver:
             connected.close()
             raise
         return GroupInfo(
-            meeting=answer["meeting"],
+            meeting=str(self._file.parent / MEETINGS / answer["meeting"]),
             own_host=self._line.own_address,
             world_size=1 + ranks,
             timeout_s=self._timeout_s,

@@ -23,7 +23,7 @@ from npd_ascend.durable import commit_file
 from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.parallel.mesh import ALONE, Mesh
-from npd_ascend.weights.collective import GroupInfo, Snapshot, open_group
+from npd_ascend.weights.collective import MEETINGS, GroupInfo, Snapshot, open_group
 from npd_ascend.weights.control import Line, TransferError, reason_of
 from npd_ascend.weights.gather import whole_tensors
 
@@ -66,7 +66,7 @@ class WeightSender:
         self._changed, self._closed = threading.Condition(), False
         self._threads: set[threading.Thread] = set()
         self._file = folder / "sender.json" if mesh.rank == 0 else None
-        self._meetings = folder / "meetings"
+        self._meetings = folder / MEETINGS
         if self._file:
             shutil.rmtree(self._meetings, ignore_errors=True)
             self._meetings.mkdir(mode=0o700, parents=True)
@@ -137,13 +137,14 @@ class WeightSender:
         """Until it hangs up, or does not keep to what was agreed: then TransferError, and it may connect anew."""
         hello = line.receive()
         line.peer = f"rollout worker {hello['worker']} at {line.peer}"
+        meeting = secrets.token_hex(16)
         info = GroupInfo(
-            meeting=str(self._meetings / secrets.token_hex(16)),
+            meeting=str(self._meetings / meeting),
             own_host=self._host,
             world_size=1 + hello["ranks"],
             timeout_s=self._timeout_s,
         )
-        line.send({"meeting": info.meeting})
+        line.send({"meeting": meeting})
         with _lost(line.peer, "before it joined the group"):
             group = open_group(info, 0)
         _log.info("weights: %s is connected", line.peer)
