@@ -31,7 +31,7 @@ class GlooEngine(WeightTransferEngine):
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
         parallel = self.parallel_config
         rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._group = open_group(init_info, rank + init_info.rank_offset)
+        self._group = open_group(init_info, 1 + rank)
 
     def start_weight_update(self) -> None:
         self._received = []

@@ -29,13 +29,12 @@ MEETINGS = "meetings"  # folder of RUN/weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupInfo:
-    """What a rank of a worker needs to join its trainer; `rank_offset` is the rank of the worker's first rank."""
+    """What the ranks of a worker need to join their trainer, who is rank 0."""
 
     meeting: str  # the file in which the ranks tell each other where they listen
     own_host: str  # at which address this worker's ranks do
     world_size: int
     timeout_s: float  # of every collective
-    rank_offset: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
