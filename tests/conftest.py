@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from npd_ascend.model.load import load_decoder
 from npd_ascend.records import Sample
 
-# launch/test.sh runs them: they need triton-ascend in triton's place, torch-npu, or Triton's compiler
-collect_ignore = ["ascend", "ascend_wheel", "cuda"]
+# launch/test.sh runs them, tests/npu/run.sh the last: they need triton-ascend in triton's place, torch-npu,
+# Triton's compiler, or a card
+collect_ignore = ["ascend", "ascend_wheel", "cuda", "npu"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 SLOW = os.environ.get("NPD_SLOW") == "1"
 torch.set_num_threads(2)

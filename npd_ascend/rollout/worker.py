@@ -1,6 +1,7 @@
 """One rollout process: take the wanted samples of a weight version, generate, commit shard by shard."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.runfolder import RunFolder, worker_name
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.weights.canary import compare, read_probes
+from npd_ascend.weights.control import SILENCE_S, TransferError
+from npd_ascend.weights.receiver import WeightReceiver
 
+_log = logging.getLogger(__name__)
 # Mean difference of log-probs that rounding explains; other weights of the smallest models differ by 0.1 and more.
 CANARY_NATS = {"float32": 2e-3, "bfloat16": 0.1}
 
@@ -81,14 +85,39 @@ class Maker:
     def __init__(self, run: RunFolder, engine: Engine, shards: Sequence[Sequence[Wanted]], name: str):
         self._run, self._engine, self._shards = run, engine, shards
         self._version: int | None = None
+        self._receiver: WeightReceiver | None = None
+        if run.config.rollout.weights == "memory":
+            self._receiver = WeightReceiver(run.path / "weights", name, timeout_s=SILENCE_S)
         self.metrics, self.heartbeat = MetricsLog(run.path, name), run.heartbeat(name)
+
+    def _receive(self, version: int) -> bool:
+        """Whether `version` came from the trainer's memory; if it should have, the log says why not."""
+        if self._receiver is None or not isinstance(self._engine, VllmEngine):
+            return False
+        try:
+            received = self._engine.receive_weights(self._receiver, version)
+        except TransferError as error:
+            _log.warning("%s; it is loaded from disk", error)
+            return False
+        self.metrics.log(
+            version,
+            sync__bytes=received.total_bytes,
+            sync__gather_s=received.gather_s,
+            sync__wait_s=received.wait_s,
+            sync__transfer_s=received.transfer_s,
+            sync__load_s=received.load_s,
+            sync__reset_s=received.reset_s,
+        )
+        return True
 
     def load(self, version: int) -> float:
         """Give the engine the weights of `version` unless it has them, and let the canary look; returns seconds."""
         if version == self._version:
             return 0.0
-        started, folder = time.perf_counter(), self._run.generator(version)
-        self._engine.load_weights(folder)
+        started = time.perf_counter()
+        if self._version is None or not self._receive(version):
+            self._engine.load_weights(self._run.generator(version))
+        folder = self._run.weights.path(version) if version else self._run.generator(version)
         if probes := read_probes(folder):
             found = self._engine.next_logprobs([probe.context for probe in probes], [probe.next_id for probe in probes])
             difference = compare(probes, found, CANARY_NATS[self._run.config.rollout.dtype], folder)

@@ -8,10 +8,12 @@ after a kill or years later, it ends on CPU in float32 with the same bits.
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from npd_ascend.device import DTYPES
 from npd_ascend.durable import append_line
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
@@ -27,7 +29,9 @@ from npd_ascend.trainer.loop import Training
 from npd_ascend.trainer.objectives import npd_objective
 from npd_ascend.trainer.samples import heldout_in_shards, kept_in_shards
 from npd_ascend.trainer.student import load_student, open_metrics, publish
+from npd_ascend.weights.control import SILENCE_S
 from npd_ascend.weights.disk import export
+from npd_ascend.weights.sender import WeightSender, open_sender
 
 # how long rank 0 waits for shards before it tells the other ranks, whose patience with it is parallel.timeout_s
 _TURN_S = 5.0
@@ -41,16 +45,33 @@ def train_live(run: RunFolder, mesh: Mesh) -> None:
     with open_metrics(run, "npd", mesh) as metrics:
         trainer = LiveTrainer(run, mesh, metrics)
         trainer.resume()
-        steps = trainer.pacing.steps
-        with progress("npd", steps, "steps", trainer.cursor["step"], shown=mesh.rank == 0) as bar:
-            while trainer.cursor["step"] < steps:
-                waited = trainer.wait()
-                loss = trainer.step(waited)
-                bar.set_postfix(
-                    loss=f"{loss:.3f}", version=trainer.cursor["version"], waited=f"{waited:.1f}s", refresh=False
-                )
-                bar.update()
+        with _sending(run, mesh) as trainer.sender:
+            if trainer.cursor["step"] == trainer.cursor["published_at"]:  # else the weights have moved on
+                trainer.offer()
+            _train_all(trainer, mesh)
         trainer.finish()
+
+
+@contextmanager
+def _sending(run: RunFolder, mesh: Mesh) -> Iterator[WeightSender | None]:
+    rollout = run.config.rollout
+    if rollout.weights == "disk":
+        yield None
+        return
+    with open_sender(run.path / "weights", DTYPES[rollout.dtype], mesh, timeout_s=SILENCE_S) as sender:
+        yield sender
+
+
+def _train_all(trainer: "LiveTrainer", mesh: Mesh) -> None:
+    steps = trainer.pacing.steps
+    with progress("npd", steps, "steps", trainer.cursor["step"], shown=mesh.rank == 0) as bar:
+        while trainer.cursor["step"] < steps:
+            waited = trainer.wait()
+            loss = trainer.step(waited)
+            bar.set_postfix(
+                loss=f"{loss:.3f}", version=trainer.cursor["version"], waited=f"{waited:.1f}s", refresh=False
+            )
+            bar.update()
 
 
 class LiveTrainer:
@@ -68,6 +89,7 @@ class LiveTrainer:
         self._training = Training(self._model, npd_objective(config), config.npd, mesh, checkpoints, metrics)
         self.cursor = {"step": 0, "updates": 0, "version": 0, "published_at": 0}
         self._heldout: Heldout | None = None
+        self.sender: WeightSender | None = None
         self._heartbeat = run.heartbeat("distill") if mesh.rank == 0 else None
         self._written = _written_packs(run)
 
@@ -180,9 +202,15 @@ class LiveTrainer:
         self._training.checkpoint(self.cursor)
         self._training.checkpoints.wait()
         self._publish_once()
+        self.offer()
         seconds = time.perf_counter() - started
         self._training.log(self.cursor["step"], publish__version=self.cursor["version"], publish__busy_s=seconds)
         self._measure_heldout()
+
+    def offer(self) -> None:
+        """The newest version from memory too, where a sender is open."""
+        if self.sender and self.cursor["version"]:
+            self.sender.offer(self.cursor["version"], self._model, self._mesh)
 
     def _publish_once(self) -> None:
         version = self.cursor["version"]

@@ -22,6 +22,9 @@ class WeightChannel(Protocol):
     def fetch(self, version: int) -> Path:
         """A Hugging Face folder with the weights of `version`, its checksum compared."""
 
+    def path(self, version: int) -> Path:
+        """Where `version` lies or would lie; nothing is compared."""
+
     def versions(self) -> list[int]:
         """Visible versions, rising."""
 

@@ -18,6 +18,8 @@ _NONCE_BYTES = 16
 _MAC_BYTES = 32
 _MOST_BYTES = 1 << 24  # of one message; who has no token must not make us reserve memory
 
+SILENCE_S = 60.0  # of one end, after which the other gives it up; less than processes.timeout_s should be
+
 
 class TransferError(RuntimeError):
     """The weights did not come. Who asked still has those of before, and finds the new ones on disk."""

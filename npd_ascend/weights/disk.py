@@ -29,7 +29,7 @@ class DiskChannel:
 
     def fetch(self, version: int) -> Path:
         """UserError if the version is not there or its weights differ from their checksum."""
-        folder = self.folder / f"v{version}"
+        folder = self.path(version)
         if not (folder / "version.json").exists():
             raise UserError(f"{folder}: weight version {version} is not published; there are {self.versions()}")
         stamp = json.loads((folder / "version.json").read_text())
@@ -39,6 +39,9 @@ class DiskChannel:
                 f"If no later version was trained, delete {folder} and run the same command again to make it anew"
             )
         return folder
+
+    def path(self, version: int) -> Path:
+        return self.folder / f"v{version}"
 
     def versions(self) -> list[int]:
         return sorted(int(path.name[1:]) for path in self.folder.glob("v*"))

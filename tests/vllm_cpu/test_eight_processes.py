@@ -1,5 +1,6 @@
 """launch/npd_8npu.sh with NPD_DEVICE=cpu: eight processes make the student of one process."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -50,3 +51,17 @@ def test_the_layout_of_a_node_makes_the_student_of_one_process(tmp_path):
     for name, value in wanted.items():
         assert (got[name] - value).norm() <= 1e-3 * value.norm(), name
     assert Path(node / "report.html").exists()
+
+
+def test_versions_come_from_the_trainers_memory_in_a_whole_run(tmp_path):
+    settings = ["rollout.weights=memory", "parallel.tp=1", "parallel.dp=1", "processes.rollout=2"]
+    command = [sys.executable, "-m", "npd_ascend", "run", "--config", "configs/openpangu_tiny_8cpu.yaml"]
+    command += [f"run.folder={tmp_path / 'run'}", *SETTINGS, "npd.epochs=2", "npd.stream.publish_every=3", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("sync/transfer_s" in row for row in rows) >= 2
+    assert all(row["rollout/canary"] < 2e-3 for row in rows if "rollout/canary" in row)
+    logs = "".join((tmp_path / "run" / "logs" / f"rollout-{number}.log").read_text() for number in (0, 1))
+    assert "it is loaded from disk" not in logs
+    assert not (tmp_path / "run" / "weights" / "sender.json").exists()
