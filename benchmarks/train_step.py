@@ -25,6 +25,7 @@ from peak import peak_bytes
 from npd_ascend.config import OptimizerConfig
 from npd_ascend.device import DTYPES
 from npd_ascend.model.load import load_decoder
+from npd_ascend.planner.rates import gemm_rate
 from npd_ascend.records import Sample
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
@@ -77,7 +78,7 @@ def step_against_bound(dtype: torch.dtype, steps: int) -> dict:
     batch = make_batch(samples, objective, CPU)
     step_s, rate = [], []
     for _ in range(steps + 1):
-        rate.append(_gemm_flops_per_s(dtype))
+        rate.append(gemm_rate(dtype, 2048, repeats=5))
         started = time.perf_counter()
         train_step(model, [batch], optimizer, objective, weight_sum=weight_sum(samples, objective), lr=1e-5)
         step_s.append(time.perf_counter() - started)
@@ -119,16 +120,6 @@ def _samples() -> list[Sample]:
         )
         room -= length
     return samples
-
-
-def _gemm_flops_per_s(dtype: torch.dtype, size: int = 2048) -> float:
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def loss_peak_bytes(tokens: int, dtype: torch.dtype) -> int:

@@ -4,7 +4,7 @@ Nothing that was generated is thrown away for its age. Instead a shard may only 
 on it cannot come later than `max_lag` published versions from now: the generator is paced, by versions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from npd_ascend.config import Config, StreamConfig
@@ -60,3 +60,12 @@ def open_pacing(config: Config, tokenizer: ChatTokenizer) -> Pacing:
 def share(shards: Sequence[int], worker: int | None, workers: int) -> list[int]:
     """Those that worker number `worker` of `workers` makes, in order; None makes all."""
     return [shard for shard in shards if worker is None or shard % workers == worker]
+
+
+def left_of(
+    mine: Sequence[int], committed: Container[int], shards: Mapping[int, Sized] | Sequence[Sized]
+) -> tuple[list[int], int, int]:
+    """(those of `mine` that are not committed, in order; samples of `mine`; samples of those that are committed)."""
+    missing = [shard for shard in mine if shard not in committed]
+    total = sum(len(shards[shard]) for shard in mine)
+    return missing, total, total - sum(len(shards[shard]) for shard in missing)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import CONFIGS
+from safetensors.torch import load_file, save_file
 
 from npd_ascend.metrics import read_metrics
 from npd_ascend.runfolder import reopen_run
+from npd_ascend.stream import Stream
 
 pytestmark = pytest.mark.slow
 
@@ -284,6 +287,24 @@ def test_a_teacher_that_breaks_on_the_way_ends_the_run_with_its_own_words(tmp_pa
     assert process.returncode == 2
     assert "the teacher's loss on 60 reference answers" in said
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_teacher_without_numbers_ends_the_run_before_they_are_trained_on(tmp_path):
+    """And without reference answers, on which it would show before anything is generated."""
+    teacher = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "teacher"))
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n}+{n}"}) + "\n" for n in range(100, 130)))
+    heldout = f"data.heldout={{kind: jsonl, path: {prompts}}}"
+    done = npd(tmp_path / "run", ONE_BEHIND, f"teacher.path={teacher}", heldout)
+    assert done.returncode == 2
+    assert re.search(r"the teacher's log-probs are not numbers at \d+ of \d+ tokens", done.stderr)
+    stream = Stream(tmp_path / "run" / "stream")
+    assert stream.shards("rollouts")
+    assert not stream.shards("scores")
+    assert stream.steps_done() == 0
 
 
 def test_a_cycle_with_overlap_is_the_same_by_hand(tmp_path):

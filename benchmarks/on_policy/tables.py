@@ -61,7 +61,7 @@ def race_table(rows: dict[str, dict], start: str) -> str:
     reached_s = {name: "–" if math.isinf(seconds) else f"{seconds:.3g}" for name, seconds in reached.items()}
     for name, row in racing.items():
         cells = [name.removeprefix(RACE), str(row["passes"]), f"{row['seconds']:.3g}", f"{row['saved'][-1]['kl']:.3f}"]
-        cells += [reached_s[name], f"{first / reached[name]:.2f}"]
+        cells += [reached_s[name], "–" if math.isinf(reached[name]) else f"{first / reached[name]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -119,7 +119,7 @@ def _verdict(rows: dict[str, dict], pair: Pair) -> list[str]:
     npd = next(row for name, row in _racing(rows).items() if row["settings"].get("filtered"))
     opponent = max((rows[name] for name in names if rows[name]["trainer"]), key=per_hour)
     step, floor = npd["split"]["student"] / npd["passes"], floors(npd, rows["rates"], pair)
-    fastest = max((per_hour(row), name) for name, row in rows.items() if row.get("trainer"))
+    fastest = max((per_hour(row), name) for name, row in rows.items() if row.get("trainer") and name not in names)
     measured_s = opponent["seconds"] / opponent["passes"]
     return [
         f"Fastest row of TRL: {fastest[1]}, {fastest[0]:,.0f} samples/h; NPD {per_hour(npd):,.0f} samples/h, "

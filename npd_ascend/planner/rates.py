@@ -79,7 +79,9 @@ def this_host() -> Hardware:
         memory=Rate(ram, "B", "measured now"),
         idle=Rate(ram - free, "B", "measured now"),
         flops={
-            dtype: Rate(_product_rate(dtype), "FLOP/s", "measured now, best of three products of 1,536 rows")
+            dtype: Rate(
+                gemm_rate(dtype, 1536, repeats=3), "FLOP/s", "measured now, best of three products of 1,536 rows"
+            )
             for dtype in (torch.float32, torch.bfloat16)
         },
         train_share={
@@ -94,10 +96,11 @@ def this_host() -> Hardware:
     )
 
 
-def _product_rate(dtype: torch.dtype, size: int = 1536) -> float:
+def gemm_rate(dtype: torch.dtype, size: int, repeats: int) -> float:
+    """FLOP/s of the best of several products of two (size, size) matrices on this CPU."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(3):
+    for _ in range(repeats):
         started = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - started)

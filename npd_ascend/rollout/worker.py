@@ -10,7 +10,7 @@ from functools import partial
 from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, open_device
 from npd_ascend.metrics import MetricsLog
-from npd_ascend.pacing import Pacing, open_pacing, share
+from npd_ascend.pacing import Pacing, left_of, open_pacing, share
 from npd_ascend.progress import progress
 from npd_ascend.prompts import Wanted, wanted_shards
 from npd_ascend.records import Rollout, sample_id
@@ -38,9 +38,8 @@ def run_rollouts(run: RunFolder, number: int, worker: int | None) -> None:
     shards = wanted_shards(run.config, tokenizer, number)
     committed, version = run.stream.entries("rollouts", number), run.config.npd.generator_of(number)
     mine = share(range(len(shards)), worker, run.config.processes.rollout)
-    if missing := [shard for shard in mine if shard not in committed]:
-        total = sum(len(shards[shard]) for shard in mine)
-        done = total - sum(len(shards[shard]) for shard in missing)
+    missing, total, done = left_of(mine, committed, shards)
+    if missing:
         with (
             open_maker(run, tokenizer, shards, f"rollout-v{number}", worker) as maker,
             progress(f"rollout v{number}", total, "samples", done) as bar,
@@ -55,12 +54,9 @@ def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
     tokenizer = ChatTokenizer(run.config.student.path)
     pacing = open_pacing(run.config, tokenizer)
     mine = share(pacing.order, worker, run.config.processes.rollout)
-    committed = run.stream.shards("rollouts")
-    missing = [shard for shard in mine if shard not in committed]
+    missing, total, done = left_of(mine, run.stream.shards("rollouts"), pacing.shards)
     if not missing:
         return
-    total = sum(len(pacing.shards[shard]) for shard in mine)
-    done = total - sum(len(pacing.shards[shard]) for shard in missing)
     with (
         open_maker(run, tokenizer, pacing.shards, "rollout", worker) as maker,
         progress("rollout", total, "samples", done) as bar,

@@ -51,7 +51,14 @@ def check_teacher(
 
 
 def check_scores(scores: Sequence[Score], vocab_size: int, name: str) -> None:
-    """UserError if the teacher is near uniform, or not finite, on rollouts."""
+    """UserError if the teacher is not finite on some rollout, or near uniform on all of them together."""
+    for score in scores:
+        finite_A = np.isfinite(score.teacher_logprob) & np.isfinite(score.teacher_topk_logprobs).all(-1)
+        if not (finite_A.all() and np.isfinite(score.teacher_entropy)):
+            raise UserError(
+                f"{name}: {score.sample_id}: the teacher's log-probs are not numbers at {(~finite_A).sum()} of "
+                f"{len(finite_A)} tokens: damaged weights, or an overflow in teacher.dtype. Nothing was trained on it"
+            )
     tokens = np.array([len(score.teacher_logprob) for score in scores])
     entropy = float((np.array([score.teacher_entropy for score in scores]) * tokens).sum() / tokens.sum())
     _refuse_untrained(entropy, vocab_size, name, f"entropy on {len(scores)} rollouts")

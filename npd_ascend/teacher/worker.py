@@ -14,7 +14,7 @@ from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.families import read_config
 from npd_ascend.model.load import choose_kernels, load_decoder
-from npd_ascend.pacing import open_pacing, share
+from npd_ascend.pacing import left_of, open_pacing, share
 from npd_ascend.progress import progress
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.records import Rollout, Score
@@ -51,8 +51,7 @@ def run_scoring(run: RunFolder, number: int, worker: int | None) -> None:
     rollouts = [rollout for shard in shards.values() for rollout in shard]
     dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
     mine = share(list(shards), worker, run.config.processes.teacher)
-    total, missing = sum(len(shards[shard]) for shard in mine), [shard for shard in mine if shard not in committed]
-    done = total - sum(len(shards[shard]) for shard in missing)
+    missing, total, done = left_of(mine, committed, shards)
     with open_reader(run, tokenizer, f"score-v{number}", worker) as reader:
         with progress(f"score v{number}", total, "samples", done) as bar:
             for shard in missing:
@@ -75,12 +74,9 @@ def run_live_scoring(run: RunFolder, worker: int | None) -> None:
     tokenizer = ChatTokenizer(run.config.student.path)
     pacing = open_pacing(run.config, tokenizer)
     mine = share(pacing.order, worker, run.config.processes.teacher)
-    committed = run.stream.shards("decisions")
-    missing = [shard for shard in mine if shard not in committed]
+    missing, total, done = left_of(mine, run.stream.shards("decisions"), pacing.shards)
     if not missing:
         return
-    total = sum(len(pacing.shards[shard]) for shard in mine)
-    done = total - sum(len(pacing.shards[shard]) for shard in missing)
     with open_reader(run, tokenizer, "score", worker) as reader, progress("score", total, "samples", done) as bar:
         for shard in missing:
             waited = reader.heartbeat.wait(partial(_is_shard_generated, run, shard), f"rollouts of shard {shard}")
