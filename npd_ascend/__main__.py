@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     add("report", "summary.json and report.html from what the run folder holds")
     add("plan", "memory of every card and time of every stage of a run, before anything is started")
 
+    replay = commands.add_parser("replay", help="train again from a recorded stream with other settings")
+    replay.add_argument("--run", type=Path, required=True, help="the recorded run")
+    replay.add_argument("folder", type=Path, help="the new run folder, made or continued")
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="what differs, for example npd.lambda=0.5")
+    sweep = commands.add_parser("sweep", help="many replays of one recorded stream, one table and one plot")
+    sweep.add_argument("file", type=Path, help="YAML: source, folder, seeds, variants")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="replays at a time (default 1)")
     doctor = commands.add_parser(
         "doctor", help="what a run needs of this machine: NPUs, versions, numbers, collectives"
     )
@@ -268,6 +275,22 @@ def _doctor(args: argparse.Namespace) -> int:
     return run_doctor(load_config(args.config, args.overrides) if args.config else None)
 
 
+def _replay(args: argparse.Namespace) -> int:
+    from npd_ascend.replay import open_replay
+
+    open_replay(args.run, args.folder, args.overrides)
+    return main(["run", "--run", str(args.folder)])
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from npd_ascend.sweep import run_sweep
+
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: want at least one")
+    run_sweep(args.file, args.jobs)
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
     from npd_ascend.model.prepare import convert_gguf
 
@@ -293,6 +316,8 @@ _COMMANDS = {
     "report": _report,
     "plan": _plan,
     "doctor": _doctor,
+    "replay": _replay,
+    "sweep": _sweep,
     "convert": _convert,
     "prune": _prune,
 }

@@ -83,14 +83,18 @@ def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
     if not saved.exists():
         return []
     # through Config, so that a key that is newer than the folder has its default
-    was = yaml.safe_load(dump_config(load_config(saved, [f"run.folder={config.run.folder}"])))
-    differences = list(_differences(was, yaml.safe_load(dump_config(config))))
-    if other := [f"{key} was {old!r}, is {new!r}" for key, old, new in differences if not _MAY_CHANGE.fullmatch(key)]:
+    changes = differences(load_config(saved, [f"run.folder={config.run.folder}"]), config)
+    if other := [f"{key} was {old!r}, is {new!r}" for key, old, new in changes if not _MAY_CHANGE.fullmatch(key)]:
         raise UserError(
             f"{saved}: this run was started with another configuration ({'; '.join(other[:3])}); "
             f"set run.folder to a new folder or delete {config.run.folder}"
         )
-    return differences
+    return changes
+
+
+def differences(was: Config, now: Config) -> list[tuple[str, object, object]]:
+    """(dotted key, was, is) of every value in which two configurations differ."""
+    return list(_differences(yaml.safe_load(dump_config(was)), yaml.safe_load(dump_config(now))))
 
 
 def reopen_run(folder: Path) -> RunFolder:

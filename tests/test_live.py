@@ -82,6 +82,7 @@ def test_a_live_run_leaves_all_it_promises(reference):
     assert steps == list(range(19))
     assert {row["publish/version"] for row in rows if "publish/version" in row} == {1, 2, 3, 4}
     assert max(row["train/lag_max"] for row in rows if "train/lag" in row) <= 1
+    assert all(0 < row["pack/fill"] <= 1 for row in rows if "train/lag" in row)
     assert all(row["rollout/canary"] < 2e-3 for row in rows if "rollout/canary" in row)
     page = (reference / "report.html").read_text()
     assert "Lag of the generator" in page

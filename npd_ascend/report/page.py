@@ -3,16 +3,15 @@
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from npd_ascend.config import dump_config
 from npd_ascend.errors import UserError
 from npd_ascend.filters import REASONS
 from npd_ascend.records import Decision
 from npd_ascend.report import plots
+from npd_ascend.report.template import load_template
 from npd_ascend.report.versions import Example, Version
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
@@ -34,16 +33,9 @@ def render_page(
     run: RunFolder, models: Sequence[str], rows: Sequence[Mapping], versions: Sequence[Version], summary: dict
 ) -> str:
     """The page as text. models: those a complete run has; rows: metrics; summary: as in summary.json."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": _count, "share": _share, "duration": _duration, "signed": _signed}
     examples, examples_missing = _examples(run, versions)
-    return environment.get_template("page.html.j2").render(
+    template = load_template("page.html.j2", count=_count, share=_share, duration=_duration, signed=_signed)
+    return template.render(
         config=run.config,
         config_yaml=dump_config(run.config),
         folder=shlex.quote(str(run.path)),  # it stands in commands

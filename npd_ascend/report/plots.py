@@ -163,6 +163,24 @@ def delta_histogram(version: Version, filters: FilterConfig) -> Markup | None:
         return _svg(figure, f"Δ-IFD histogram of version {version.version}")
 
 
+def dots(values: Mapping[str, Sequence[float]], label: str) -> Markup | None:
+    """A row per name from the top down: a dot for each value, a line at their mean. None without values."""
+    names = [name for name in values if values[name]]
+    if not names:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.0, 0.7 + 0.24 * len(names)), layout="constrained")
+        axes = figure.add_subplot()
+        for row, name in enumerate(names):
+            axes.plot(values[name], [row] * len(values[name]), "o", color=ACCENT, markersize=4, alpha=0.7, mew=0)
+            axes.plot([np.mean(values[name])] * 2, [row - 0.3, row + 0.3], color=INK, linewidth=1.4)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(label)
+        return _svg(figure, label)
+
+
 def histogram_range(version: Version) -> tuple[float, float]:
     """Room for both thresholds and for all but the outermost 0.2 % of the values, which stand in the end bins."""
     values = np.concatenate(list(version.deltas.values()))

@@ -28,6 +28,10 @@ class Entry:
     file: str
     sha256: str
 
+    def line(self) -> str:
+        """Without its newline."""
+        return json.dumps(asdict(self))
+
 
 class Stream:
     def __init__(self, folder: Path):
@@ -41,9 +45,7 @@ class Stream:
         path = self.folder / f"{kind}-v{version}-{shard:05d}.parquet"
         with commit_file(path) as draft:
             pq.write_table(to_table(kind, records), draft, compression="zstd")
-        append_line(
-            self.manifest, json.dumps(asdict(Entry(kind, version, shard, len(records), path.name, sha256(path))))
-        )
+        append_line(self.manifest, Entry(kind, version, shard, len(records), path.name, sha256(path)).line())
 
     def entries(self, kind: str, version: int) -> dict[int, Entry]:
         """Committed shards of one version by number."""
@@ -102,7 +104,7 @@ class Stream:
 def read_table(run: Path) -> pa.Table:
     """Everything in RUN/stream as one table, a row per rollout; what no later stage has made is null.
 
-    For notebooks and replays: rollouts joined with scores and decisions on sample_id.
+    For notebooks: rollouts joined with scores and decisions on sample_id.
     """
     stream = Stream(Path(run) / "stream")
     joined = _whole_table(stream, "rollouts")

@@ -18,7 +18,7 @@ from npd_ascend.durable import append_line
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.pacing import open_pacing
-from npd_ascend.packing import pack_samples
+from npd_ascend.packing import pack_fill, pack_samples
 from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.progress import progress
 from npd_ascend.records import Rollout, Sample
@@ -131,6 +131,7 @@ class LiveTrainer:
         if packs := self._packs(step, [sample for _, sample in rows]):
             lags = [self.cursor["version"] - rollout.weight_version for rollout, _ in rows]
             done_epochs = step / self.pacing.steps * config.epochs
+            tokens = sum(len(sample.token_ids) for pack in packs for sample in pack)
             loss = self._training.step(
                 packs,
                 step,
@@ -138,6 +139,7 @@ class LiveTrainer:
                 train__wait_s=waited,
                 train__lag=sum(lags) / len(lags),
                 train__lag_max=max(lags),
+                pack__fill=pack_fill(tokens, len(packs), config.pack_tokens),
             )
             self.cursor["updates"] += 1
         self.cursor["step"] = step + 1

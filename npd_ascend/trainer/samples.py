@@ -41,16 +41,18 @@ def _join_kept(run: RunFolder, parts: Sequence[list], where: str) -> list[tuple[
             f"{run.stream.folder}: rollouts, scores and decisions of {where} do not belong together; run "
             f"`npd rollout` and `npd score --run {run.path}` again, which make what is missing anew"
         )
-    return [(rollout, _sample(rollout, score_of[rollout.sample_id])) for rollout in rollouts]
+    top_k = run.config.teacher.top_k
+    return [(rollout, _sample(rollout, score_of[rollout.sample_id], top_k)) for rollout in rollouts]
 
 
-def _sample(rollout: Rollout, score: Score) -> Sample:
+def _sample(rollout: Rollout, score: Score, top_k: int) -> Sample:
+    """top_k: a replay may take fewer than were recorded."""
     return Sample(
         sample_id=rollout.sample_id,
         token_ids=rollout.token_ids,
         prompt_len=rollout.prompt_len,
-        teacher_topk_ids=score.teacher_topk_ids,
-        teacher_topk_logprobs=score.teacher_topk_logprobs,
+        teacher_topk_ids=score.teacher_topk_ids[:, :top_k],
+        teacher_topk_logprobs=score.teacher_topk_logprobs[:, :top_k],
     )
 
 

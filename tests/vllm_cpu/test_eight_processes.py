@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,12 +29,47 @@ SETTINGS = [
 ]
 
 
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as /proc/net has it
+
+
+def descendants(pid: int) -> set[int]:
+    found = {pid}
+    with suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            found |= descendants(int(child))
+    return found
+
+
+def listening(pids: set[int]) -> set[str]:
+    """Addresses at which these processes wait for connections."""
+    address_of = {
+        line.split()[9]: line.split()[1].split(":")[0]
+        for kind in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+    }
+    sockets = set()
+    for pid in pids:
+        with suppress(OSError):  # it may be gone
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError):
+                    sockets.add(os.readlink(f"/proc/{pid}/fd/{descriptor}").removeprefix("socket:[").removesuffix("]"))
+    return {address for inode, address in address_of.items() if inode in sockets}
+
+
 def test_the_layout_of_a_node_makes_the_student_of_one_process(tmp_path):
     node, one = tmp_path / "node", tmp_path / "one"
     script = ["bash", "launch/npd_8npu.sh", f"run.folder={node}", *SETTINGS]
     environment = os.environ | {"NPD_DEVICE": "cpu"}
-    done = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(script, stdout=said, stderr=said, env=environment, cwd=CONFIGS.parent)
+        opened: set[str] = set()
+        while process.poll() is None:
+            opened |= listening(descendants(process.pid))
+            time.sleep(0.2)
+    assert process.returncode == 0, (tmp_path / "said").read_text()
+    assert opened <= LOOPBACK, "a port is open beyond this host"
+    assert opened  # gloo's, at least
     assert "PanguEmbedded" in (node / "student" / "config.json").read_text()
     for process in ("distill.rank3", "rollout-0", "rollout-1", "rollout-2", "score"):
         assert (node / "logs" / f"{process}.log").exists()

@@ -1,0 +1,87 @@
+"""What a sweep found: sweep.json for programs, sweep.md for the terminal and for documents, sweep.html for people."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from npd_ascend.durable import commit_file
+from npd_ascend.report.plots import dots
+from npd_ascend.report.template import load_template
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The last measurement of one replay; None where it has none."""
+
+    variant: str
+    seed: int
+    exact_match: float | None  # share of held-out prompts answered right
+    heldout_kl: float | None  # nats/token, to the teacher's recorded top-k, the same for every variant
+    drift_max: float | None  # nats/token, KL(current || generator)
+    kept_share: float | None  # of the training rollouts
+    tokens_trained: int
+    steps: int
+
+
+# field, its heading, digits
+_COLUMNS = (
+    ("exact_match", "exact match", 3),
+    ("heldout_kl", "held-out KL, nats/token", 4),
+    ("drift_max", "largest drift, nats/token", 3),
+    ("kept_share", "kept", 3),
+    ("steps", "steps", 0),
+)
+
+
+def write_sweep_report(
+    folder: Path, source: Path, variants: Mapping[str, Sequence[str]], outcomes: Sequence[Outcome]
+) -> None:
+    """variants: name -> overrides, in the order of the table."""
+    with commit_file(folder / "sweep.json") as draft:
+        draft.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
+    headings = ["variant", "settings", *(heading for _, heading, _ in _COLUMNS)]
+    rows = [_row(name, overrides, outcomes) for name, overrides in variants.items()]
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+    with commit_file(folder / "sweep.md") as draft:
+        draft.write_text("\n".join([*lines, "", f"{_said(outcomes)} Recorded run: {source.name}."]) + "\n")
+    figures = [
+        (heading, drawn)
+        for field, heading, _ in _COLUMNS[:2]
+        if (drawn := dots({name: _values(outcomes, name, field) for name in variants}, heading))
+    ]
+    with commit_file(folder / "sweep.html") as draft:
+        page = load_template("sweep.html.j2").render(
+            source=str(source), headings=headings, rows=rows, figures=figures, said=_said(outcomes)
+        )
+        draft.write_text(page, encoding="utf-8")
+
+
+def _row(name: str, overrides: Sequence[str], outcomes: Sequence[Outcome]) -> list[str]:
+    return [
+        name,
+        " ".join(overrides) or "as recorded",
+        *(_mean(_values(outcomes, name, field), digits) for field, _, digits in _COLUMNS),
+    ]
+
+
+def _values(outcomes: Sequence[Outcome], variant: str, field: str) -> list[float]:
+    values = (getattr(outcome, field) for outcome in outcomes if outcome.variant == variant)
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    """With the standard deviation over seeds where it says anything."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{mean} ± {spread:.{digits}f}" if spread else mean
+
+
+def _said(outcomes: Sequence[Outcome]) -> str:
+    seeds = sorted({outcome.seed for outcome in outcomes})
+    if len(seeds) == 1:
+        return f"One seed ({seeds[0]}): no spread is known."
+    return f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))})."

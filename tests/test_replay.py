@@ -1,0 +1,196 @@
+"""npd replay on real runs: the recorded student's bits, or those of the run that it stands for."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS
+
+from npd_ascend.runfolder import reopen_run
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "data.gold.count=200",
+    "data.prompts.count=300",
+    "data.heldout.count=60",
+    "sft.epochs=4",
+    "npd.epochs=2",
+    "npd.pack_tokens=512",
+    "rollout.batch_size=100",
+    "filters.tau=0.95",
+    "device.threads=1",
+]
+OTHER = ["npd.lambda=0.5", "npd.normalise=sample", "npd.targets=tail", "teacher.top_k=3", "filters.tau=0.6"]
+
+
+def npd(*words: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "npd_ascend", *words], capture_output=True, text=True, check=False)
+
+
+def record(folder: Path, *more: str) -> Path:
+    done = npd("run", "--config", CONFIGS / "addition_cpu.yaml", f"run.folder={folder}", *SMALL, *more)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "student" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def cycle(tmp_path_factory) -> Path:
+    return record(tmp_path_factory.mktemp("cycle") / "run", "npd.refresh_after=[1]")
+
+
+@pytest.fixture(scope="module")
+def one_set(tmp_path_factory) -> Path:
+    return record(tmp_path_factory.mktemp("one-set") / "run", "npd.refresh_after=[]")
+
+
+def test_unchanged_it_is_the_same_student_and_nothing_is_made_again(cycle, tmp_path):
+    done = npd("replay", "--run", cycle, tmp_path / "replay")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "replay") == weights(cycle)
+    for shard in (cycle / "stream").glob("[rs]*.parquet"):
+        assert (tmp_path / "replay" / "stream" / shard.name).samefile(shard)
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "replay" / "logs" / "stages.jsonl").open()]
+    assert "distill" in stages
+    summary, recorded = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "replay", cycle))
+    for key in ("scores", "heldout_kl", "kept", "drift_max"):
+        assert summary[key] == recorded[key]
+    assert (tmp_path / "replay" / "report.html").exists()
+
+
+def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
+    recorded = record(tmp_path / "run", "npd.stream={publish_every: 2, max_lag: 1}", "npd.refresh_after=[]")
+    done = npd("replay", "--run", recorded, tmp_path / "replay")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "replay") == weights(recorded)
+
+
+def test_with_other_settings_it_is_the_run_that_had_them(one_set, tmp_path):
+    """With one set of rollouts the settings of training do not change what is generated, so a real run can be asked."""
+    done = npd("replay", "--run", one_set, tmp_path / "replay", *OTHER)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "replay") == weights(record(tmp_path / "run", "npd.refresh_after=[]", *OTHER))
+    assert weights(tmp_path / "replay") != weights(one_set)
+    changes = json.loads((tmp_path / "replay" / "replay.json").read_text())["changes"]
+    assert changes["teacher.top_k"] == [10, 3]
+    assert changes.keys() == {setting.split("=")[0] for setting in OTHER}
+
+
+def test_another_number_of_sets(cycle, one_set, tmp_path):
+    """Set 0 of a cycle is what the run without refreshes has."""
+    done = npd("replay", "--run", cycle, tmp_path / "replay", "npd.refresh_after=[]")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "replay") == weights(one_set)
+
+
+def test_killed_on_the_way_it_goes_on(one_set, tmp_path):
+    command = [sys.executable, "-m", "npd_ascend", "replay", "--run", one_set, tmp_path / "replay"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process.stdout.readline()  # the plan: the folder is there
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "replay" / "student").exists()
+    done = npd("replay", "--run", one_set, tmp_path / "replay")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "replay") == weights(one_set)
+    done = npd("replay", "--run", one_set, tmp_path / "replay", "npd.lambda=0.5")
+    assert done.returncode == 2
+    assert "npd.lambda was 0.9, is 0.5" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.prompts.count=100", "data.prompts.count=100: the stream of"),
+        ("rollout.temperature=0.5", "rollout.temperature=0.5: the stream of"),
+        ("npd.overlap=true", "npd.overlap=True: the stream of"),
+        ("npd.stream={max_lag: 1}", "a replay generates nothing; start a new run for it"),
+        ("teacher.top_k=12", "teacher.top_k=12:"),
+        ("npd.refresh_after=[1, 2]", "shards of rollouts of set 1 are not recorded"),
+        ("npd.typo=1", "unknown key npd.typo"),
+    ],
+)
+def test_what_was_not_recorded_is_refused(one_set, tmp_path, override, said):
+    done = npd("replay", "--run", one_set, tmp_path / "replay", "npd.epochs=4", override)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_filters_that_let_more_through_are_refused(tmp_path):
+    recorded = record(tmp_path / "run", "npd.refresh_after=[]", "filters.min_answer_tokens=4")
+    done = npd("replay", "--run", recorded, tmp_path / "replay", "filters.min_answer_tokens=1")
+    assert done.returncode == 2
+    assert "were dropped in" in done.stderr
+    assert not (tmp_path / "replay").exists()
+
+
+def test_other_folders_are_left_alone(one_set, tmp_path):
+    for folder in (one_set, tmp_path):
+        done = npd("replay", "--run", one_set, folder)
+        assert done.returncode == 2
+        assert f"{folder}: there already, and no replay" in done.stderr
+
+
+def sweep_file(folder: Path, source: Path, variants: dict) -> Path:
+    sweep = {"source": str(source), "folder": str(folder / "sweep"), "seeds": [0, 1], "variants": variants}
+    (folder / "sweep.yaml").write_text(json.dumps(sweep))  # JSON is YAML
+    return folder / "sweep.yaml"
+
+
+def test_a_sweep_is_its_replays_in_one_table(one_set, tmp_path):
+    file = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0": ["npd.lambda=0"]})
+    done = npd("sweep", file, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table] == ["| variant", "| ---", "| as recorded", "| λ = 0"]
+    assert "npd.lambda=0" in table[3]
+    outcomes = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [(row["variant"], row["seed"]) for row in outcomes] == [
+        (name, seed) for name in ("as recorded", "λ = 0") for seed in (0, 1)
+    ]
+    replayed = tmp_path / "sweep" / "0-seed1"
+    summary = json.loads((replayed / "summary.json").read_text())
+    assert outcomes[3]["heldout_kl"] == summary["heldout_kl"]["last"]
+    assert outcomes[3]["exact_match"] == summary["scores"]["npd"]
+    mean = (outcomes[2]["heldout_kl"] + outcomes[3]["heldout_kl"]) / 2
+    assert f"| {mean:,.4f} ± " in table[3]
+    assert (tmp_path / "sweep" / "sweep.html").read_text().count("<svg") == 2
+    before = (replayed / "student" / "model.safetensors").stat().st_mtime_ns
+    assert npd("sweep", file).returncode == 0  # what is there is not made again
+    assert (replayed / "student" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("variants", "said"),
+    [
+        ({"good": [], "more": ["teacher.top_k=12"]}, "variant 'more': teacher.top_k=12"),
+        ({"a b": [], "a-b": []}, "several would have the folder a-b"),
+        ({}, "variants: "),
+        ({"text": "npd.lambda=1"}, "variants.text: "),
+    ],
+)
+def test_a_sweep_with_a_mistake_does_not_begin(one_set, tmp_path, variants, said):
+    done = npd("sweep", sweep_file(tmp_path, one_set, variants))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_damaged_shard_is_not_replayed(one_set, tmp_path):
+    source = Path(shutil.copytree(one_set, tmp_path / "source"))
+    shard = source / "stream" / reopen_run(source).stream.entries("scores", 0)[1].file
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = npd("replay", "--run", source, tmp_path / "replay")
+    assert done.returncode == 2
+    assert f"{shard.name}: differs from the checksum" in done.stderr
+    assert not (tmp_path / "replay").exists()
