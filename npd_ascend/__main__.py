@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="many replays of one recorded stream, one table and one plot")
     sweep.add_argument("file", type=Path, help="YAML: source, folder, seeds, variants")
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="replays at a time (default 1)")
+    prepare = commands.add_parser("prepare", help="files of questions to data of a run: checked, split, decontaminated")
+    prepare.add_argument("file", type=Path, help="YAML: sources, evaluation_sets, folder, lengths")
     doctor = commands.add_parser(
         "doctor", help="what a run needs of this machine: NPUs, versions, numbers, collectives"
     )
@@ -291,6 +293,13 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(args: argparse.Namespace) -> int:
+    from npd_ascend.prepare.command import run_prepare
+
+    run_prepare(args.file)
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
     from npd_ascend.model.prepare import convert_gguf
 
@@ -318,6 +327,7 @@ _COMMANDS = {
     "doctor": _doctor,
     "replay": _replay,
     "sweep": _sweep,
+    "prepare": _prepare,
     "convert": _convert,
     "prune": _prune,
 }

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.progress import progress
 from npd_ascend.replay import plan_replay
 from npd_ascend.report.sweep import Outcome, write_sweep_report
+from npd_ascend.yaml_file import read_yaml
 
 
 class SweepConfig(BaseModel):
@@ -77,15 +77,7 @@ def run_sweep(file: Path, jobs: int) -> None:
 
 
 def _load(file: Path) -> SweepConfig:
-    try:
-        config = SweepConfig.model_validate(yaml.safe_load(file.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; see configs/addition_sweep.yaml for one") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}") from None
+    config = read_yaml(file, SweepConfig, "configs/addition_sweep.yaml")
     names = [_slug(name) for name in config.variants]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{file}: variants: several would have the folder {min(twice)}; give them other names")
