@@ -52,8 +52,8 @@ class Comparison:
             self._fastest([row for row in trl if row.dtype != "bfloat16"]),
             self._fastest([row for row in trl if row.dtype == "bfloat16"]),
             self._fastest([row for row in ours if row.synchronous]),
-            self._fastest([row for row in ours if row.settings["filtered"]]),
-            ours[-1],  # NPD's schedule on the divergence that is measured
+            self._fastest([row for row in ours if row.settings["filtered"] and row.settings["loss"] == "topk"]),
+            *ours[-2:],  # the same schedule with the teacher's tail, and on the divergence that is measured
         ]
         for row in contestants:
             self._once(f"race: {row.name}", lambda row=row: self._measure(row, race=True))

@@ -93,7 +93,7 @@ def trl_rows(batch: int) -> list[Row]:
 
 
 def our_rows(batch: int) -> list[Row]:
-    """The ladder, one switch at a time; then every switch but sets and filters, and sets with dense targets."""
+    """The ladder, one switch at a time; then every switch but sets and filters, and NPD's sets with other targets."""
     state = {"engine": "hf", "padded": True, "loss": "full", "set": batch, "epochs": 1, "filtered": False}
     rows = [Row(name="ours, synchronous, padded, full logits", settings=dict(state))]
     for name, change, dtype in (
@@ -108,5 +108,10 @@ def our_rows(batch: int) -> list[Row]:
     ):
         state |= change
         rows.append(Row(name=name, dtype=dtype, settings=dict(state)))
-    dense = state | {"set": None, "epochs": EPOCHS_PER_SET, "loss": "dense"}
-    return [*rows, Row(name="sets, dense divergence, vLLM, bfloat16", dtype="bfloat16", settings=dense)]
+    sets = state | {"set": None, "epochs": EPOCHS_PER_SET}
+    tail, dense = sets | {"filtered": True, "loss": "tail"}, sets | {"loss": "dense"}
+    return [
+        *rows,
+        Row(name="NPD with tail, vLLM, bfloat16", dtype="bfloat16", settings=tail),
+        Row(name="sets, dense divergence, vLLM, bfloat16", dtype="bfloat16", settings=dense),
+    ]

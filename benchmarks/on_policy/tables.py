@@ -46,22 +46,22 @@ def _seen(rows: dict[str, dict]) -> str:
 
 
 def race_table(rows: dict[str, dict], start: str) -> str:
-    """Seconds to a divergence that the first contestant and the last both reach."""
-    racing, level = _racing(rows), common_level(rows)
+    """Seconds to the lowest divergence that TRL reaches, for every contestant."""
+    opponent, level = strongest(rows)
     if level >= rows[start]["kl"]:
-        return "No race: after so few passes not both are nearer to the teacher than before."
+        return "No race: after so few passes TRL is no nearer to the teacher than before."
+    name = opponent.removeprefix(RACE)
     lines = [
-        f"Held-out KL(teacher || student) {rows[start]['kl']:.3f} nats/token before, to {level:.3f}:",
+        f"Held-out KL(teacher || student), nats/token: {rows[start]['kl']:.3f} before, {level:.3f} at best by {name}.",
         "",
-        "| contestant | passes | seconds | KL at the end | seconds to that KL | times as fast as the first |",
+        f"| contestant | passes | seconds | KL at the end | seconds to {level:.3f} | times as fast as {name} |",
         "|---|---|---|---|---|---|",
     ]
-    reached = {name: seconds_to(row, level, rows[start]["kl"]) for name, row in racing.items()}
-    first = next(iter(reached.values()))
-    reached_s = {name: "–" if math.isinf(seconds) else f"{seconds:.3g}" for name, seconds in reached.items()}
-    for name, row in racing.items():
+    reached = {name: seconds_to(row, level, rows[start]["kl"]) for name, row in _racing(rows).items()}
+    for name, row in _racing(rows).items():
+        never = math.isinf(reached[name])
         cells = [name.removeprefix(RACE), str(row["passes"]), f"{row['seconds']:.3g}", f"{row['saved'][-1]['kl']:.3f}"]
-        cells += [reached_s[name], "–" if math.isinf(reached[name]) else f"{first / reached[name]:.2f}"]
+        cells += ["–", "–"] if never else [f"{reached[name]:.3g}", f"{reached[opponent] / reached[name]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -70,9 +70,11 @@ def _racing(rows: dict[str, dict]) -> dict[str, dict]:
     return {name: row for name, row in rows.items() if name.startswith(RACE)}
 
 
-def common_level(rows: dict[str, dict]) -> float:
-    first, *_, last = _racing(rows).values()
-    return max(min(saved["kl"] for saved in row["saved"]) for row in (first, last))
+def strongest(rows: dict[str, dict]) -> tuple[str, float]:
+    """(contestant of TRL, KL): the one that comes nearest to the teacher, and how near."""
+    best = {name: min(saved["kl"] for saved in row["saved"]) for name, row in _racing(rows).items() if row["trainer"]}
+    name = min(best, key=lambda name: best[name])
+    return name, best[name]
 
 
 def seconds_to(row: dict, level: float, start_kl: float) -> float:
@@ -137,23 +139,16 @@ def draw(rows: dict[str, dict], start: str, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
-    axes.set_prop_cycle(color=[*plt.colormaps["tab20"].colors])
-    bold = iter(plt.colormaps["Dark2"].colors)
-    for name, row in rows.items():
-        if "saved" not in row:
-            continue
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.set_prop_cycle(color=[*plt.colormaps["Dark2"].colors])
+    for name, row in _racing(rows).items():
         points = [(0.0, rows[start]["kl"]), *((saved["seconds"], saved["kl"]) for saved in row["saved"])]
-        racing = name.startswith(RACE)
-        style: dict = {"linewidth": 1, "alpha": 0.8}
-        if racing:
-            style = {"linewidth": 2.2, "marker": "o", "markersize": 4, "color": next(bold)}
-        dashes = "-" if racing else "--" if row["trainer"] else ":"
-        axes.plot(*zip(*points, strict=True), dashes, label=name, **style)
-    axes.axhline(common_level(rows), color="0.7", linewidth=0.8, zorder=0)
+        dashes = "--" if row["trainer"] else "-"
+        axes.plot(*zip(*points, strict=True), dashes, marker="o", markersize=4, label=name.removeprefix(RACE))
+    axes.axhline(strongest(rows)[1], color="0.7", linewidth=0.8, zorder=0)
     axes.set_xlabel("seconds of wall time")
     axes.set_ylabel("held-out KL(teacher || student), nats/token")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=8, frameon=False)
     figure.savefig(file, dpi=150)
     plt.close(figure)

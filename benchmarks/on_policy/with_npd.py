@@ -39,7 +39,7 @@ from npd_ascend.trainer.step import train_step
 from npd_kernels.dense_divergence import dense_divergence
 
 CPU = torch.device("cpu")
-OBJECTIVE = Objective(lambda_=0.9)
+TOPK = {"topk": Objective(lambda_=0.9), "tail": Objective(lambda_=0.9, targets="tail")}
 TOP_K = 10
 TEACHER_PACK_TOKENS = 4096
 WATCHED_UPDATES = 5
@@ -115,7 +115,7 @@ class Row:
             Example(Sample(sample_id=r.sample_id, token_ids=r.token_ids, prompt_len=r.prompt_len), r.answer_len)
             for r in rollouts
         ]
-        if self.settings["loss"] == "topk":
+        if self.settings["loss"] in TOPK:
             rows = [(r.token_ids, r.prompt_len) for r in rollouts]
             scores = self._scorer(self.teacher).score(rows, top_k=TOP_K, pack_tokens=TEACHER_PACK_TOKENS)
             return [_with_targets(e, s.topk_ids_AK, s.topk_logprobs_AK) for e, s in zip(examples, scores, strict=True)]
@@ -173,10 +173,10 @@ class Row:
     def _update(self, pack: list[Example]) -> None:
         seen = self._bits()
         with self.clock.part("student"):
-            if self.settings["loss"] == "topk":
+            if objective := TOPK.get(self.settings["loss"]):
                 samples = [example.sample for example in pack]
-                batch, total = make_batch(samples, OBJECTIVE, CPU), weight_sum(samples, OBJECTIVE)
-                train_step(self.model, [batch], self.optimizer, OBJECTIVE, weight_sum=total, lr=self._lr())
+                batch, total = make_batch(samples, objective, CPU), weight_sum(samples, objective)
+                train_step(self.model, [batch], self.optimizer, objective, weight_sum=total, lr=self._lr())
             else:
                 self._dense_step(pack)
         self._count_changed(seen)

@@ -48,7 +48,7 @@ def files_of(source: SourceConfig) -> list[Path]:
 def count_rows(file: Path) -> int:
     """Without reading them where the format allows it; blank lines of jsonl count."""
     if file.suffix == ".parquet":
-        return pq.ParquetFile(file).metadata.num_rows
+        return _parquet(file).metadata.num_rows
     if file.suffix == ".arrow":
         return sum(batch.num_rows for batch in _arrow_batches(file))
     with file.open("rb") as lines:
@@ -104,11 +104,15 @@ def _table(file: Path, source: SourceConfig) -> Iterator[tuple[int, dict]]:
             yield number, record
 
 
-def _parquet_batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _parquet(file: Path) -> pq.ParquetFile:
     try:
-        table = pq.ParquetFile(file)
+        return pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"{file}: not a Parquet file ({error})") from None
+
+
+def _parquet_batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    table = _parquet(file)
     known = [key for key in columns if key in table.schema_arrow.names]
     yield from table.iter_batches(columns=known if known == columns else None)
 
