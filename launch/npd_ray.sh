@@ -5,7 +5,7 @@
 # The repository and the run folder must lie at the same paths on all nodes. Ray listens on NPD_RAY_HOST, 127.0.0.1
 # unless it is set, so a second node can only join if you name an address of a network that you trust: whoever reaches
 # Ray's ports can run programs. NPD_RAY_PORT: 6379 unless set. NPD_RAY_NODE: options for `ray start`, for example
-# --num-cpus=2 or --resources='{"NPU": 8}'; without it Ray counts by itself.
+# --num-cpus=2 or --resources={"NPU":8}, without blanks in one of them; without it Ray counts by itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh

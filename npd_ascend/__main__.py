@@ -1,6 +1,6 @@
 """The command line: `npd COMMAND ...`, the same as `python -m npd_ascend COMMAND ...`.
 
-Exit codes: 0 done; 2 wrong input or a run that must stop, said in one line; 130 interrupted.
+Exit codes: 0 done; 2 wrong input or a run that must stop, said in one line; 75 another rank was lost; 130 interrupted.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _COMMANDS[args.command](args)
     except UserError as error:
         print(f"npd {args.command}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"npd {args.command}: interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130

@@ -17,7 +17,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.filters import decide, free_reasons
 from npd_ascend.prompts import wanted_shards
 from npd_ascend.records import Rollout, Score
-from npd_ascend.runfolder import RunFolder, differences, open_run, reopen_run
+from npd_ascend.runfolder import RunFolder, allowed_changes, differences, open_run, reopen_run
 from npd_ascend.stream import Stream
 from npd_ascend.stream.stream import Entry
 from npd_ascend.tokenizer import ChatTokenizer
@@ -28,6 +28,7 @@ _MAY_DIFFER = re.compile(
     r"|rollout\.(engine|weights|kv_cache_gib)"  # of an engine that has nothing to do
 )
 _SCHEDULE = re.compile(r"npd\.(stream|overlap)\b.*")  # who generated what, and when
+_SHARDS = ("npd.epochs", "run.seed")  # with npd.stream, which shards there are, and of which prompts
 _MARK = "replay.json"
 # models that a replay shares with the recorded run
 _SAME_MODELS = ("start", "sft", "teacher")
@@ -38,8 +39,6 @@ def open_replay(source: Path, folder: Path, overrides: Sequence[str]) -> RunFold
 
     UserError for settings that want other samples than were recorded, and for a folder that holds something else.
     """
-    if folder.exists() and not (folder / _MARK).exists():
-        raise UserError(f"{folder}: there already, and no replay; name a new folder")
     recorded, config, changes = plan_replay(source, folder, overrides)
     if not folder.exists():
         with commit_folder(folder) as draft:
@@ -53,14 +52,15 @@ def open_replay(source: Path, folder: Path, overrides: Sequence[str]) -> RunFold
 def plan_replay(source: Path, folder: Path, overrides: Sequence[str]) -> tuple[RunFolder, Config, dict[str, list]]:
     """(the recorded run, the configuration of its replay in `folder`, key -> [recorded, replayed] of what changes).
 
-    UserError for settings that want other samples; nothing is written.
+    UserError for settings that want other samples, and for a folder that holds something else; nothing is written.
     """
     recorded = reopen_run(source)
     recorded.needs_npd()
     config = load_config(source / "config.yaml", [*overrides, f"run.folder={folder.absolute()}"])
     changes = {}
     for key, was, now in differences(recorded.config, config):
-        if _SCHEDULE.fullmatch(key) or not _MAY_DIFFER.fullmatch(key):
+        fixed = _SCHEDULE.fullmatch(key) or (recorded.config.npd.stream and key in _SHARDS)
+        if fixed or not _MAY_DIFFER.fullmatch(key):
             raise UserError(
                 f"{key}={now}: the stream of {recorded.path} was recorded with {was}, and a replay generates nothing; "
                 f"start a new run for it"
@@ -72,7 +72,19 @@ def plan_replay(source: Path, folder: Path, overrides: Sequence[str]) -> tuple[R
             f"teacher.top_k={config.teacher.top_k}: {recorded.path} has recorded {recorded.config.teacher.top_k}; "
             f"lower it"
         )
+    _check_folder(folder, source, config)
     return recorded, config, changes
+
+
+def _check_folder(folder: Path, source: Path, config: Config) -> None:
+    """That it is new, or the same replay."""
+    if not folder.exists():
+        return
+    if not (folder / _MARK).exists():
+        raise UserError(f"{folder}: there already, and no replay; name a new folder")
+    if (was := json.loads((folder / _MARK).read_text())["source"]) != str(source.absolute()):
+        raise UserError(f"{folder}: a replay of {was}, not of {source.absolute()}; name a new folder")
+    allowed_changes(config)
 
 
 def _fill(draft: Path, recorded: RunFolder, config: Config) -> None:

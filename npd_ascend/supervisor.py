@@ -1,17 +1,20 @@
 """`npd run`: the processes of a run, group after group; each skips what is already done."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
+from npd_ascend.config import Config
 from npd_ascend.device import visible_cards
-from npd_ascend.errors import UserError
+from npd_ascend.errors import LostRankError, UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.placement import Process, place, recipe
 from npd_ascend.preflight import check_run
@@ -26,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 def run_recipe(run: RunFolder) -> int:
     """SFT, rollouts, scoring and distillation, evaluation and report; returns the exit code."""
-    print(check_run(run.config), flush=True)
+    print(_checked(run.config), flush=True)
     if run.config.processes.ray:
         join_cluster(run.config)
     for group in recipe(run.config):
@@ -78,6 +81,38 @@ def _run_group(run: RunFolder, group: list[Process]) -> int:
     return 0
 
 
+def _checked(config: Config) -> str:
+    """check_run in a process that ends: it loads the teacher, and this one would hold that memory for the whole run."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_check, args=(config, sender))
+    child.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        child.join()
+        raise UserError(
+            f"{config.run.folder}: the check before the run ended with exit code {child.exitcode} (-9: killed, perhaps "
+            f"for memory, since it loads the teacher); what it said stands above"
+        ) from None
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _check(config: Config, sender: Connection) -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it here too, and the parent says so
+    try:
+        sender.send(check_run(config))
+    except UserError as error:
+        sender.send(error)
+
+
 def _start(
     run: RunFolder, process: Process, environment: dict[str, str], *, first: bool, restarts: int = 0
 ) -> _Running:
@@ -112,7 +147,9 @@ def _why_again(one: _Running, code: int) -> str | None:
     killed_by = -code if code < 0 else code - 128  # the process itself, or one of its ranks
     if killed_by == signal.SIGINT or code == 2:
         return None
-    if killed_by > 0:
+    if code == LostRankError.exit_code:
+        return "lost one of its ranks"
+    if killed_by in set(signal.Signals):
         return f"was killed by {signal.Signals(killed_by).name}"
     return f"crashed with exit code {code}" if one.process.watched else None
 

@@ -308,6 +308,18 @@ def test_a_teacher_without_numbers_ends_the_run_before_they_are_trained_on(tmp_p
     assert stream.steps_done() == 0
 
 
+def test_the_last_step_may_be_saved_already(tmp_path):
+    """When it is a checkpoint's turn there, and when a killed trainer had come as far."""
+    settings = [ONE_BEHIND, "npd.checkpoint_every_steps=1", "npd.epochs=1", "data.prompts.count=128"]
+    done = npd(tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stderr
+    before = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    done = npd_on("distill", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "run") == before
+
+
 def test_a_cycle_with_overlap_is_the_same_by_hand(tmp_path):
     """Set 1 is generated while set 0 trains, by the weights that phase 0 starts from: other samples of version 0."""
     settings = ["npd.refresh_after=[1]", "npd.epochs=2", "data.prompts.count=150", "npd.overlap=true"]

@@ -137,6 +137,18 @@ def test_boilerplate_is_no_contamination():
     assert contaminated(dict.fromkeys(range(4), match), common=3) == {}
 
 
+def test_an_evaluation_set_without_texts_is_refused_and_partly_without_is_counted(tmp_path):
+    train = jsonl(tmp_path / "train.jsonl", {"prompt": "What is 1 + 1?", "answer": 2})
+    turns = jsonl(tmp_path / "turns.jsonl", {"prompt": ["one", "two"]}, {"prompt": ["three"]})
+    done = prepare(tmp_path, [{"path": str(train), "answer_key": "answer"}], evaluation_sets=[{"path": str(turns)}])
+    assert done.returncode == 2
+    assert "turns.jsonl: none of its 2 rows has a text" in done.stderr
+    jsonl(tmp_path / "turns.jsonl", {"prompt": ["one", "two"]}, {"prompt": "three"})
+    done = prepare(tmp_path, [{"path": str(train), "answer_key": "answer"}], evaluation_sets=[{"path": str(turns)}])
+    assert "turns.jsonl: 2 rows, 1 of them without a text" in done.stdout
+    assert rows_of(tmp_path / "data", "train.jsonl")[0]["answer"] == "2"
+
+
 @pytest.mark.parametrize(
     ("content", "name", "said"),
     [

@@ -73,6 +73,10 @@ def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
     done = npd("replay", "--run", recorded, tmp_path / "replay")
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "replay") == weights(recorded)
+    for override in ("npd.epochs=1", "run.seed=5"):  # other shards, and shards of other prompts
+        done = npd("replay", "--run", recorded, tmp_path / "more", override)
+        assert done.returncode == 2
+        assert f"{override}: the stream of" in done.stderr
 
 
 def test_with_other_settings_it_is_the_run_that_had_them(one_set, tmp_path):
@@ -135,6 +139,14 @@ def test_filters_that_let_more_through_are_refused(tmp_path):
     assert not (tmp_path / "replay").exists()
 
 
+def test_a_replay_goes_on_with_its_own_stream_only(one_set, tmp_path):
+    assert npd("replay", "--run", one_set, tmp_path / "replay").returncode == 0
+    other = Path(shutil.copytree(one_set, tmp_path / "other"))
+    done = npd("replay", "--run", other, tmp_path / "replay")
+    assert done.returncode == 2
+    assert f"replay: a replay of {one_set}, not of {other}" in done.stderr
+
+
 def test_other_folders_are_left_alone(one_set, tmp_path):
     for folder in (one_set, tmp_path):
         done = npd("replay", "--run", one_set, folder)
@@ -166,6 +178,12 @@ def test_a_sweep_is_its_replays_in_one_table(one_set, tmp_path):
     mean = (outcomes[2]["heldout_kl"] + outcomes[3]["heldout_kl"]) / 2
     assert f"| {mean:,.4f} ± " in table[3]
     assert (tmp_path / "sweep" / "sweep.html").read_text().count("<svg") == 2
+    changed = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0": ["npd.lambda=0.1"]})
+    done = npd("sweep", changed)
+    assert done.returncode == 2
+    assert "variant 'λ = 0': " in done.stderr
+    assert "npd.lambda was 0.0, is 0.1" in done.stderr
+    file = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0": ["npd.lambda=0"]})
     before = (replayed / "student" / "model.safetensors").stat().st_mtime_ns
     assert npd("sweep", file).returncode == 0  # what is there is not made again
     assert (replayed / "student" / "model.safetensors").stat().st_mtime_ns == before

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from npd_ascend.device import Rank, collective_backend, this_rank
-from npd_ascend.errors import UserError
+from npd_ascend.errors import LostRankError, UserError
 
 _log = logging.getLogger(__name__)
 # torch 2.13 renamed both; the Ascend row of versions has torch 2.10
@@ -169,7 +169,7 @@ def _lost_rank_is_said(here: Rank, timeout_s: int, backend: str) -> Iterator[Non
         if not any(word in str(error).lower() for word in words):
             raise
         _log.debug("collective failed", exc_info=error)
-        raise UserError(
+        raise LostRankError(
             f"rank {here.rank} of {here.world_size} lost another rank or waited {timeout_s} s (parallel.timeout_s) for "
             f"it ({str(error).splitlines()[0][:120]}); the same command goes on from the last checkpoint"
         ) from error

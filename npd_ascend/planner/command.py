@@ -33,13 +33,13 @@ _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "kv_cache"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     layout: Layout
-    limit: int  # bytes of a card, or of a process of a host
+    limits: dict[str, int]  # role -> bytes of a card, or of a process of a host that its like share
     memory: list[Memory]
     times: list[StageTime]
 
     @property
     def too_large(self) -> Memory | None:
-        return next((memory for memory in self.memory if memory.peak > self.limit), None)
+        return next((memory for memory in self.memory if memory.peak > self.limits[memory.role]), None)
 
 
 def print_plan(config: Config) -> None:
@@ -53,7 +53,7 @@ def print_plan(config: Config) -> None:
     print(rates_table(hardware))
     if memory := plan.too_large:
         raise UserError(
-            f"{memory.role} needs {size(memory.peak)}iB of a card and {size(plan.limit)}iB are there "
+            f"{memory.role} needs {size(memory.peak)}iB of a card and {size(plan.limits[memory.role])}iB are there "
             f"({HEADROOM:.0%} of what is free when idle); {asked.way_out(memory)}"
         )
 
@@ -72,7 +72,7 @@ class _Asked:
             sequence_parallel=parallel.sequence_parallel,
             recompute=parallel.recompute,
             pack_tokens=train.pack_tokens,
-            packs_per_rank=math.ceil(train.packs_per_step / parallel.dp),
+            packs_per_rank=1,  # until the samples are counted
         )
         gold = gold_samples(config, tokenizer) if config.sft else []
         self._gold_tokens = sum(len(sample.token_ids) for sample in gold)
@@ -84,14 +84,25 @@ class _Asked:
                 samples=len(prompts),
                 prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) / len(prompts),
                 answer_tokens=config.rollout.max_new_tokens,
-                epochs=config.npd.epochs,
+                epochs=1 if config.npd.stream else config.npd.epochs,  # every pass of a stream has prompts of its own
                 sets=len(phases(config.npd)),
             )
+        packs = self._npd_packs_per_step() if config.npd else train.packs_per_step
+        self.layout = replace(self.layout, packs_per_rank=math.ceil(packs / parallel.dp))
+
+    def _npd_packs_per_step(self) -> float:
+        """A step of a stream takes whole shards, as many packs as they fill."""
+        npd = self._config.npd
+        if npd.stream is None:
+            return npd.packs_per_step
+        return npd.stream.shards_per_step * self._config.rollout.batch_size * self._work.mean.tokens / npd.pack_tokens
 
     def plan(self, layout: Layout) -> Plan:
         config, hardware = self._config, self._hardware
-        ranks = layout.tp * layout.dp if hardware.shared else 1
-        limit = int(HEADROOM * (hardware.memory.value - hardware.idle.value) / ranks)
+        limit = int(HEADROOM * (hardware.memory.value - hardware.idle.value))
+        ranks, processes = layout.tp * layout.dp, config.processes
+        sharing = {"rollout": processes.rollout, "teacher": processes.teacher} if hardware.shared else {}
+        others = ranks if hardware.shared else 1
         memory, times = [], []
         if config.sft:
             sft = replace(
@@ -112,7 +123,8 @@ class _Asked:
         if config.npd:
             memory += self._npd_memory(layout)
             times += self._npd_times(layout)
-        return Plan(layout=layout, limit=limit, memory=memory, times=times)
+        limits = {one.role: limit // sharing.get(one.role, others) for one in memory}
+        return Plan(layout=layout, limits=limits, memory=memory, times=times)
 
     def _trainer(self, role: str, layout: Layout, answer_tokens: int) -> Memory:
         config, kind = self._config, self._config.device.kind
@@ -157,6 +169,7 @@ class _Asked:
             layout,
             self._work,
             self._hardware,
+            processes=(config.processes.rollout, config.processes.teacher),
         )
 
     def way_out(self, memory: Memory) -> str:
@@ -175,7 +188,7 @@ class _Asked:
 
     @staticmethod
     def _trainer_too_large(plan: Plan) -> bool:
-        return any(m.peak > plan.limit for m in plan.memory if m.role in ("sft", "distill"))
+        return any(m.peak > plan.limits[m.role] for m in plan.memory if m.role in ("sft", "distill"))
 
     def _other_layouts(self) -> Iterator[Layout]:
         """Every way to cut the model over the same cards; shorter packs only while no longer one was there."""
@@ -203,11 +216,18 @@ def table(plan: Plan) -> str:
     stages = {"teacher" if time.stage == "score" else time.stage: time for time in plan.times}
     rows = []
     for memory in plan.memory:
-        time = stages[memory.role]
+        time, limit = stages[memory.role], size(plan.limits[memory.role])
         parts = [size(value) if (value := getattr(memory, part)) else "-" for part in _PARTS]
         rate = [f"{time.tokens:,.0f}", f"{time.tokens / time.seconds:,.0f}"]
         rows.append(
-            [memory.role, *parts, size(plan.limit), *rate, f"{time.seconds / 3600:.2f}", f"{time.card_hours:.2f}"]
+            [
+                memory.role,
+                *parts,
+                limit,
+                *rate,
+                f"{time.seconds / 3600:.2f}",
+                f"{time.card_hours:.2f}",
+            ]
         )
     return _aligned([heads, *rows])
 

@@ -113,11 +113,12 @@ def cycle(
     layout: Layout,
     work: Workload,
     hardware: Hardware,
+    processes: tuple[int, int] = (1, 1),
 ) -> list[StageTime]:
     """Rollouts, teacher and training of one cycle; models with their dtypes, rollout: dtype and batch.
 
-    Rollouts and teacher run on one card, as they do; the teacher reads every sample and once more its answer alone,
-    which the student reads too.
+    processes: of rollouts and of the teacher, each on a card of its own, or all on one host. The teacher reads every
+    sample and once more its answer alone, which the student reads too.
     """
     alone = Samples(work.answer_tokens, 1.0)
     answers, read = work.samples * work.sets * work.answer_tokens, work.samples * work.sets * work.mean.tokens
@@ -129,8 +130,9 @@ def cycle(
     prefill += answers / prefill_tokens_per_s(*teacher, hardware, alone)
     prefill += answers / prefill_tokens_per_s(student[0], rollout[0], hardware, alone)
     training = train_tokens_per_s(student[0], layout, student[1], hardware, work.mean)
+    generators, teachers = (1, 1) if hardware.shared else processes
     return [
-        StageTime("rollout", 1, answers, answers / decode),
-        StageTime("score", 1, read + 2 * answers, prefill),
+        StageTime("rollout", generators, answers, answers / decode / generators),
+        StageTime("score", teachers, read + 2 * answers, prefill / teachers),
         StageTime("distill", layout.tp * layout.dp, trained, trained / training),
     ]

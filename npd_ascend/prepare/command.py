@@ -59,18 +59,21 @@ def run_prepare(file: Path) -> None:
     if config.folder.exists():
         raise UserError(f"{config.folder}: there already; remove it, or set folder to a new one")
     total = sum(count_rows(path) for source in config.sources for path in files_of(source))
-    evaluation = EvaluationTexts(_evaluation_texts(config), config.ngram)
+    texts, evaluation_rows = _evaluation_texts(config)
+    evaluation = EvaluationTexts(texts, config.ngram)
     found = _sort_out(config, ChatTokenizer(config.tokenizer), evaluation, total)
     leaked = contaminated(found.matches, config.common)
     for row in leaked:
         found.reasons[row] = "contaminated"
         del found.tokens[row]
     with commit_folder(config.folder) as draft:
-        statistics = _write(config, draft, found, leaked, total)
+        statistics = _write(config, draft, found, leaked, total) | {"evaluation_sets": evaluation_rows}
         (draft / "statistics.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False) + "\n")
         write_page(draft / "report.html", config.folder, statistics, REASONS)
     for name, count in statistics["rows"].items():
         print(f"{name:<14}{count:>10,}")
+    for one in evaluation_rows:
+        print(f"compared with {one['path']}: {one['rows']:,} rows, {one['unreadable']:,} of them without a text")
     print(f"page: {config.folder / 'report.html'}")
 
 
@@ -84,11 +87,21 @@ def _normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _evaluation_texts(config: PrepareConfig) -> Iterator[tuple[str, str]]:
+def _evaluation_texts(config: PrepareConfig) -> tuple[list[tuple[str, str]], list[dict]]:
+    """([(place, text)], what was found in each set); UserError for a set without a text to compare with."""
+    texts: list[tuple[str, str]] = []
+    found = []
     for source in config.evaluation_sets:
-        for path in files_of(source):
-            for row in read_rows(source, path):
-                yield from ((row.place, text) for text in (row.prompt, row.answer) if text)
+        rows = [row for path in files_of(source) for row in read_rows(source, path)]
+        readable = [row for row in rows if row.prompt is not None]
+        if not readable:
+            raise UserError(
+                f"evaluation_sets: {source.path}: none of its {len(rows)} rows has a text or one turn of chat under "
+                f"{source.prompt_key!r}, so nothing would be compared; set prompt_key"
+            )
+        texts += [(row.place, text) for row in readable for text in (row.prompt, row.answer) if text]
+        found.append({"path": str(source.path), "rows": len(rows), "unreadable": len(rows) - len(readable)})
+    return texts, found
 
 
 def _rows(config: PrepareConfig) -> Iterator[Row]:

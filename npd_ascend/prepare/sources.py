@@ -62,7 +62,8 @@ def read_rows(source: SourceConfig, file: Path) -> Iterator[Row]:
         prompt, answer = _turn(record.get(source.prompt_key))
         if source.answer_key is not None:
             given = record.get(source.answer_key)
-            answer = given if isinstance(given, str) else None
+            is_number = isinstance(given, int | float) and not isinstance(given, bool)
+            answer = str(given) if is_number else given if isinstance(given, str) else None
         yield Row(f"{file}:{number}", prompt, answer)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 
 from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, open_device
+from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.pacing import Pacing, left_of, open_pacing, share
 from npd_ascend.progress import progress
@@ -61,13 +62,26 @@ def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
         open_maker(run, tokenizer, pacing.shards, "rollout", worker) as maker,
         progress("rollout", total, "samples", done) as bar,
     ):
-        maker.load(run.weights.newest()[0])  # before there is anything to wait for
+        _load_newest(run, maker)  # before there is anything to wait for
         for shard in missing:
             waited = maker.heartbeat.wait(
                 partial(_may_begin, run, pacing, shard), f"the trainer to reach shard {shard}"
             )
             version = 0 if shard in pacing.heldout else run.weights.newest()[0]
             bar.update(maker.make(shard, version, version, waited))
+
+
+def _load_newest(run: RunFolder, maker: "Maker") -> None:
+    """Nothing waits for this worker yet, so the version may be replaced and dropped while it is read."""
+    while True:
+        version = run.weights.newest()[0]
+        try:
+            maker.load(version)
+            return
+        except UserError:
+            if version == 0 or version in run.weights.versions():
+                raise
+            _log.info("weight version %d was replaced while it was read", version)
 
 
 def _may_begin(run: RunFolder, pacing: Pacing, shard: int) -> bool:
@@ -114,7 +128,10 @@ class Maker:
         if self._version is None or not self._receive(version):
             self._engine.load_weights(self._run.generator(version))
         folder = self._run.weights.path(version) if version else self._run.generator(version)
-        if probes := read_probes(folder):
+        probes = read_probes(folder)
+        if version and not probes:
+            raise UserError(f"{folder}: no canary.json, which says whether the generator has these weights; restore it")
+        if probes:
             found = self._engine.next_logprobs([probe.context for probe in probes], [probe.next_id for probe in probes])
             difference = compare(probes, found, CANARY_NATS[self._run.config.rollout.dtype], folder)
             self.metrics.log(version, rollout__canary=difference)

@@ -155,8 +155,11 @@ class LiveTrainer:
     def finish(self) -> None:
         """The last measurement and the student."""
         self._measure_heldout()
-        self._training.checkpoint(self.cursor)
-        self._training.checkpoints.wait()
+        checkpoints = self._training.checkpoints
+        checkpoints.wait()
+        if not checkpoints.holds(self.cursor["step"]):  # it may be its turn, or a killed process has come as far
+            self._training.checkpoint(self.cursor)
+            checkpoints.wait()
         export(self._run.student, self._model, self._run.config.student.path, self._mesh)
 
     def _packs(self, step: int, samples: Sequence[Sample]) -> list[list[Sample]]:

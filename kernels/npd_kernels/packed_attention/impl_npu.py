@@ -13,7 +13,7 @@ import torch
 
 from npd_kernels.launch import npu_unavailable
 
-MAX_SAMPLES = 1024  # of actual_seq_qlen with samples of different lengths
+MAX_SAMPLES = 1024  # of actual_seq_qlen with samples of different lengths; more take several calls
 MAX_TOKENS = 1_000_000
 MAX_HEADS = 256
 MAX_HEAD_SIZE = 768
@@ -28,10 +28,21 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 
 def packed_attention(q_TNH, k_TGH, v_TGH, cu_seqlens: Sequence[int], scale: float) -> torch.Tensor:
+    check(q_TNH, k_TGH, v_TGH, cu_seqlens)
+    if len(cu_seqlens) - 1 <= MAX_SAMPLES:
+        return _attend(q_TNH, k_TGH, v_TGH, list(cu_seqlens[1:]), scale)
+    parts = []
+    for first in range(0, len(cu_seqlens) - 1, MAX_SAMPLES):
+        ends = cu_seqlens[first : first + MAX_SAMPLES + 1]
+        at = slice(ends[0], ends[-1])
+        parts.append(_attend(q_TNH[at], k_TGH[at], v_TGH[at], [end - ends[0] for end in ends[1:]], scale))
+    return torch.cat(parts)
+
+
+def _attend(q_TNH, k_TGH, v_TGH, ends: list[int], scale: float) -> torch.Tensor:
+    """One call of the operator. ends: of the samples, in tokens."""
     import torch_npu
 
-    check(q_TNH, k_TGH, v_TGH, cu_seqlens)
-    ends = list(cu_seqlens[1:])
     return torch_npu.npu_fusion_attention(
         q_TNH,
         k_TGH,
@@ -49,9 +60,8 @@ def packed_attention(q_TNH, k_TGH, v_TGH, cu_seqlens: Sequence[int], scale: floa
 
 def check(q_TNH, k_TGH, v_TGH, cu_seqlens: Sequence[int]) -> None:
     """ValueError for what the operator would take and compute wrongly, or refuse without a reason."""
-    (tokens, heads, head_size), groups, samples = q_TNH.shape, k_TGH.shape[1], len(cu_seqlens) - 1
+    (tokens, heads, head_size), groups = q_TNH.shape, k_TGH.shape[1]
     limits = [
-        (samples, MAX_SAMPLES, "samples in a pack", "lower pack_tokens, or train on longer samples"),
         (tokens, MAX_TOKENS, "tokens in a pack", "lower pack_tokens"),
         (heads, MAX_HEADS, "query heads", "raise parallel.tp"),
         (head_size, MAX_HEAD_SIZE, "as head size", "use kernels.attention: sdpa"),
