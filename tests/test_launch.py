@@ -58,11 +58,25 @@ def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
     stopped = time.monotonic()
     _, said = launcher.communicate(timeout=60)
     assert time.monotonic() - stopped < 8 + 10 + 20  # time-out, grace, a slow machine
-    assert launcher.returncode == (128 + signal.SIGKILL if signal_ == signal.SIGKILL else 2)
+    assert launcher.returncode == (128 + signal.SIGKILL if signal_ == signal.SIGKILL else 75)
     assert "rank 0 of 2 lost another rank or waited 8 s (parallel.timeout_s)" in said
     assert ("rank 1 was killed by SIGKILL" in said) == (signal_ == signal.SIGKILL)
     assert "Traceback" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@pytest.mark.slow
+def test_npd_run_starts_ranks_again_of_which_one_hangs(tmp_path):
+    more = ["parallel.tp=2", "parallel.timeout_s=8", "sft.epochs=40", "sft.checkpoint_every_steps=5", "npd=null"]
+    command = [word if word != "sft" else "run" for word in _command(tmp_path / "run", *more)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+    ranks = _wait_for(lambda: _ranks(run.pid) if _steps(tmp_path / "run") > 12 else None)
+    os.kill(ranks[1], signal.SIGSTOP)
+    _, said = run.communicate(timeout=180)
+    assert run.returncode == 0, said
+    assert "npd sft lost one of its ranks; restart 1 of 5" in said
+    assert "going on at epoch" in said
+    assert (tmp_path / "run" / "student").exists()
 
 
 @pytest.mark.slow
@@ -101,6 +115,17 @@ def _steps(folder):
 
 def _children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _ranks(pid):
+    """rank -> pid, of the stage that the supervisor `pid` runs."""
+    found = {}
+    for stage in _children(pid):
+        for child in _children(stage):
+            for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                if entry.startswith(b"RANK="):
+                    found[int(entry[5:])] = child
+    return found if len(found) == 2 else None
 
 
 def _wait_for(condition):

@@ -1,6 +1,7 @@
 """The planner against real training steps, and what it says of a layout that cannot fit."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,10 +14,12 @@ import torch
 from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
+from npd_ascend.config import load_config
 from npd_ascend.device import DTYPES
 from npd_ascend.model.decoder import PLAIN, Decoder, recomputed
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.plan import cut_model
+from npd_ascend.planner.command import _Asked
 from npd_ascend.planner.layer import Live, count_layer, silent_mesh
 from npd_ascend.planner.memory import Layout, trainer_memory
 from npd_ascend.planner.rates import ASCEND
@@ -120,6 +123,29 @@ def test_tensors_without_values_keep_what_real_ones_keep(recompute, sequence_par
         assert count_layer(UNTIED, torch.float32, 512, mesh, recompute).kept == pytest.approx(real, rel=0.01)
     with silent_mesh(2, sequence_parallel=not sequence_parallel) as mesh:  # a planted mistake is seen
         assert count_layer(UNTIED, torch.float32, 512, mesh, recompute).kept != pytest.approx(real, rel=0.1)
+
+
+def test_a_stream_trains_every_sample_once_and_whole_shards_in_a_step():
+    stream = ["npd.stream={shards_per_step: 2}", "rollout.batch_size=1000", "npd.pack_tokens=512"]
+    plan = _Asked(load_config(CONFIGS / "addition_stream.yaml", stream), ASCEND)
+    plan = plan.plan(plan.layout)
+    config = load_config(CONFIGS / "addition_stream.yaml", stream)
+    answers = config.npd.epochs * config.data.prompts.count + config.data.heldout.count
+    tokens = {time.stage: time.tokens for time in plan.times}
+    assert tokens["rollout"] == answers * config.rollout.max_new_tokens
+    mean = tokens["distill"] / answers  # every answer once
+    assert 6 < mean < 30
+    assert plan.layout.packs_per_rank == math.ceil(2 * 1000 * mean / 512)
+
+
+def test_rollouts_and_teachers_on_cards_of_their_own_take_their_share_of_the_time():
+    model, layout = UNTIED, Layout(tp=1, dp=1, sequence_parallel=False, recompute="off", pack_tokens=512)
+    work = Workload(samples=10, prompt_tokens=30, answer_tokens=70, epochs=4, sets=2)
+    models = [(model, torch.bfloat16)] * 2
+    one = cycle(*models, (torch.bfloat16, 8), layout, work, ASCEND)
+    many = cycle(*models, (torch.bfloat16, 8), layout, work, ASCEND, processes=(4, 2))
+    assert [a.seconds / b.seconds for a, b in zip(one, many, strict=True)] == pytest.approx([4, 2, 1])
+    assert [a.card_hours for a in one] == pytest.approx([b.card_hours for b in many])
 
 
 def test_replicas_share_masters_and_moments():
