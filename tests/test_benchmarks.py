@@ -85,6 +85,22 @@ def test_wrong_settings_are_said_in_one_line(settings_file, monkeypatch, tmp_pat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"question": "1+1", "answer": "2"}\n{"text": "1+1", "answer": "2"}\n', ":2: has no question; GSM8K wants"),
+        ('{"question": "1+1",\n', ":1: not JSON"),
+        ("[1]\n", ":1: has no question, answer"),
+        ("\n", ": holds no question"),
+    ],
+)
+def test_rows_that_do_not_fit_are_said_with_their_line(settings_file, questions, content, reason):
+    questions.write_text(content)
+    with pytest.raises(UserError) as error:
+        load_settings(settings_file(), [])
+    assert str(error.value).startswith(f"benchmarks.gsm8k.data: {questions}{reason}")
+
+
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed here")
 def test_lm_eval_is_asked_for_by_name(settings_file, capsys):
     assert main(["eval", "--benchmarks", str(settings_file())]) == 2

@@ -99,8 +99,8 @@ class EngineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-prob of the continuation in nats, None): whether it is also the greedy answer is not found out, and a
-        metric that asked for it would fail rather than count it as wrong."""
+        """(log-prob of the continuation in nats, False): whether it is also the greedy answer is not found out, since
+        accuracy, the only metric here that compares given answers, does not ask."""
         pairs = [(self._fitting(context, len(answer)), tuple(answer)) for _, context, answer in requests]
 
         def ask(batch: Sequence[int]) -> list[float]:
@@ -110,7 +110,7 @@ class EngineLM(TemplateLM):
 
         lengths = [len(context) for context, _ in pairs]
         sums = self._in_batches("loglikelihood", [list(texts) for texts, _, _ in requests], lengths, ask)
-        return [(logprob, None) for logprob in sums]  # type: ignore[misc]
+        return [(logprob, False) for logprob in sums]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         raise NotImplementedError("no benchmark of the eleven asks for it")

@@ -86,14 +86,6 @@ class Harness:
                 f"{place}: {benchmark.title} from {tried} cannot be loaded ({type(error).__name__}: "
                 f"{_line(error)}); set benchmarks.{name}.data to a copy of the data set, see docs/eval.md"
             ) from None
-        if chosen.data and chosen.data.is_file():
-            for task in loaded["tasks"].values():
-                columns = task.dataset[benchmark.split].column_names
-                if missing := [field for field in benchmark.fields if field not in columns]:
-                    raise UserError(
-                        f"{place}: {chosen.data}: rows without {', '.join(missing)}, which {benchmark.title} needs; "
-                        f"they have {', '.join(columns)}"
-                    )
         return loaded["groups"][f"npd_{name}"]
 
     def _changes(self, chosen: BenchmarkSettings, benchmark: Benchmark) -> dict:

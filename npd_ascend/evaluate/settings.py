@@ -1,5 +1,6 @@
 """The YAML of `npd eval --benchmarks`: which model answers what, how, and where the data lie."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from npd_ascend.config import DeviceConfig, load_yaml
 from npd_ascend.errors import UserError
-from npd_ascend.evaluate.benchmarks import BENCHMARKS
+from npd_ascend.evaluate.benchmarks import BENCHMARKS, Benchmark
 
 
 class _Section(BaseModel):
@@ -120,4 +121,29 @@ def _with_data(name: str, chosen: BenchmarkSettings) -> BenchmarkSettings:
             f"benchmarks.{name}.shots={chosen.shots}: {data} is one file, and examples come from another split; set "
             f"shots to 0 or name a copy of the data set's folder"
         )
+    if data.is_file():
+        _check_rows(key, data, benchmark)
     return chosen.model_copy(update={"data": data})
+
+
+def _check_rows(key: str, file: Path, benchmark: Benchmark) -> None:
+    """UserError for what lm-eval would stumble over after minutes, and far from the file."""
+    try:
+        # not splitlines(): JSON strings may hold the other line separators of Unicode
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {file}: not UTF-8 text ({error}); want one JSON object per line") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{key}: {file}: holds no question; want one JSON object per line")
+    for number, line in numbered:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{key}: {file}:{number}: not JSON ({error}); want one object per line") from None
+        missing = [field for field in benchmark.fields if not isinstance(row, dict) or field not in row]
+        if missing:
+            raise UserError(
+                f"{key}: {file}:{number}: has no {', '.join(missing)}; {benchmark.title} wants "
+                f"{', '.join(benchmark.fields)} in every row, named as on the hub"
+            )
