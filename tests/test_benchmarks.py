@@ -48,7 +48,7 @@ def settings_file(tmp_path, questions):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("eval_*.yaml")), ids=lambda p: p.name)
 def test_the_configurations_that_come_with_the_project_load(path):
-    settings = load_settings(path, [f"model.path={STUDENT}"])
+    settings = load_settings(path, [f"model.path={STUDENT}", "run_code_of=[mbpp, humaneval]"])
     assert settings.model.path == STUDENT
     if "openpangu" in path.name:
         assert [name for name, _ in settings.benchmarks.asked()] == list(BENCHMARKS)
