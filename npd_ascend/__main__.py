@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         place = command.add_mutually_exclusive_group(required=True)
         place.add_argument("--config", type=Path, help="YAML of the run; its folder is made or continued")
         place.add_argument("--run", type=Path, help="an existing run folder")
+        if name == "eval":
+            place.add_argument("--benchmarks", type=Path, help="YAML of a model and public benchmarks (docs/eval.md)")
         if worker:
             command.add_argument("--set", type=int, help="of rollouts, one per phase (default 0); not with npd.stream")
             command.add_argument("--worker", type=int, metavar="N", help="do the share of worker N; default: all")
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("rollout", "let the student answer data.prompts and data.heldout", worker=True)
     add("score", "teacher prefill, Δ-IFD, decisions", worker=True)
     add("distill", "train on every decided set of rollouts")
-    add("eval", "exact match on data.heldout of every model of the run")
+    add("eval", "exact match on data.heldout of every model of the run; or a model's scores in public benchmarks")
     add("report", "summary.json and report.html from what the run folder holds")
     add("plan", "memory of every card and time of every stage of a run, before anything is started")
 
@@ -247,6 +249,11 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.benchmarks:
+        from npd_ascend.evaluate.command import run_benchmarks
+
+        run_benchmarks(args.benchmarks, args.overrides)
+        return 0
     from npd_ascend.evaluate.exact_match import run_evaluations
 
     return _stage(args, run_evaluations)

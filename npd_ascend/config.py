@@ -5,12 +5,14 @@ Every default that the NPD paper does not state says so in docs/method.md.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from npd_ascend.errors import UserError
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -305,6 +307,11 @@ class Config(_Section):
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override, validate, make paths absolute. `overrides`: dotted `key=value`, values as YAML."""
+    return _with_absolute_paths(load_yaml(Config, path, overrides))
+
+
+def load_yaml(kind: type[_Kind], path: Path, overrides: Sequence[str]) -> _Kind:
+    """The same for any other file of settings, its paths as they stand there."""
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text())
@@ -319,10 +326,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for text in overrides:
         _override(raw, text)
     try:
-        config = Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_error(error)}") from None
-    return _with_absolute_paths(config)
+        raise UserError(f"{path}: {_first_error(error, kind)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -346,22 +352,22 @@ def _override(raw: dict, text: str) -> None:
         raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
-def _first_error(error: ValidationError) -> str:
+def _first_error(error: ValidationError, kind: type[BaseModel]) -> str:
     """`key: reason`, and for a typo the keys that exist there."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location) or "the file as a whole"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}; known keys there: {', '.join(_known_keys(location[:-1]))}"
+        return f"unknown key {key}; known keys there: {', '.join(_known_keys(location[:-1], kind))}"
     return f"{key}: {first['msg'].removeprefix('Value error, ')}" + (
         f" (got {first['input']!r})" if not isinstance(first["input"], dict | BaseModel) else ""
     )
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _known_keys(location: list[str], kind: type[BaseModel] = Config) -> list[str]:
     """Keys of the section at `location`; union members appear there by their `kind`."""
     sources = {"jsonl": JsonlSource, "addition": AdditionSource, "reasoning_gym": ReasoningGymSource}
-    section: Any = Config
+    section: Any = kind
     for part in location:
         if part in sources:
             section = sources[part]

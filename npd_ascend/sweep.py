@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from npd_ascend.config import load_yaml
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.progress import progress
 from npd_ascend.replay import plan_replay
 from npd_ascend.report.sweep import Outcome, write_sweep_report
-from npd_ascend.yaml_file import read_yaml
 
 
 class SweepConfig(BaseModel):
@@ -77,7 +77,7 @@ def run_sweep(file: Path, jobs: int) -> None:
 
 
 def _load(file: Path) -> SweepConfig:
-    config = read_yaml(file, SweepConfig, "configs/addition_sweep.yaml")
+    config = load_yaml(SweepConfig, file, ())
     names = [_slug(name) for name in config.variants]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{file}: variants: several would have the folder {min(twice)}; give them other names")

@@ -29,7 +29,11 @@ class ChatTokenizer:
         self.vocab_size = len(self._tokenizer)
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
-        return self._encode(self._render(text, header=True))
+        return self.encode_rendered(self._render(text, header=True))
+
+    def render(self, messages: list[dict[str, str]], *, header: bool) -> str:
+        """Turns with `role` and `content` as the template writes them; header: with the assistant's at the end."""
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         if self._thinks:
@@ -68,7 +72,7 @@ class ChatTokenizer:
                 f"{self.folder}: the chat template adds no assistant header after the user's turn; "
                 f"set teacher.alone_context: bos"
             )
-        header, bos = self._encode(with_header[len(turn) :]), self._tokenizer.bos_token_id
+        header, bos = self.encode_rendered(with_header[len(turn) :]), self._tokenizer.bos_token_id
         # a template that writes BOS writes it in front of the turn that was cut off
         begins_with_bos = bos is not None and self.encode_prompt("x")[0] == bos
         return (bos, *header) if begins_with_bos and header[0] != bos else header
@@ -86,10 +90,10 @@ class ChatTokenizer:
         return None
 
     def _render(self, text: str, *, header: bool) -> str:
-        messages = [{"role": "user", "content": text}]
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header))
+        return self.render([{"role": "user", "content": text}], header=header)
 
-    def _encode(self, rendered: str) -> tuple[int, ...]:
+    def encode_rendered(self, rendered: str) -> tuple[int, ...]:
+        """Ids of text that holds the template's markers already; BOS in front where prompts begin with it."""
         ids = tuple(self._tokenizer(rendered, add_special_tokens=False).input_ids)
         bos = self._tokenizer.bos_token_id
         if getattr(self._tokenizer, "add_bos_token", False) and bos is not None and ids[:1] != (bos,):

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import CONFIGS
 
+from npd_ascend.config import load_yaml
 from npd_ascend.prepare.command import PrepareConfig, is_heldout
 from npd_ascend.prepare.overlap import EvaluationTexts, contaminated, words_of
-from npd_ascend.yaml_file import read_yaml
 
 QUESTION = "A farmer has seven red hens, four white hens and two old cows; how many legs do they have together?"
 CHINESE = "小明有七个苹果，小红有三个梨，他们一共有多少个水果呢？请写出过程。"
@@ -168,7 +168,7 @@ def test_a_wrong_file_is_named_and_nothing_is_left(tmp_path, content, name, said
 
 
 def test_the_file_that_comes_with_the_project_is_sound():
-    config = read_yaml(CONFIGS / "prepare_gsm8k.yaml", PrepareConfig, "")
+    config = load_yaml(PrepareConfig, CONFIGS / "prepare_gsm8k.yaml", ())
     assert config.evaluation_sets[0].prompt_key == "question"
 
 

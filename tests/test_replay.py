@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGS
 
+from npd_ascend.config import load_yaml
 from npd_ascend.replay import plan_replay
 from npd_ascend.runfolder import reopen_run
 from npd_ascend.sweep import SweepConfig
-from npd_ascend.yaml_file import read_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +206,7 @@ def test_a_sweep_with_a_mistake_does_not_begin(one_set, tmp_path, variants, said
 
 
 def test_the_sweep_that_comes_with_the_project_would_begin(cycle, tmp_path):
-    sweep = read_yaml(CONFIGS / "addition_sweep.yaml", SweepConfig, "")
+    sweep = load_yaml(SweepConfig, CONFIGS / "addition_sweep.yaml", ())
     for overrides in sweep.variants.values():
         plan_replay(cycle, tmp_path / "replay", overrides)
 

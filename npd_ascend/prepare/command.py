@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from npd_ascend.config import load_yaml
 from npd_ascend.durable import commit_folder
 from npd_ascend.errors import UserError
 from npd_ascend.prepare.overlap import EvaluationTexts, Match, contaminated
@@ -16,7 +17,6 @@ from npd_ascend.prepare.page import write_page
 from npd_ascend.prepare.sources import Row, SourceConfig, count_rows, files_of, read_rows
 from npd_ascend.progress import progress
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.yaml_file import read_yaml
 
 # Why a row is left out, in the order in which it is asked.
 REASONS = {
@@ -55,7 +55,7 @@ class Sorted:
 
 def run_prepare(file: Path) -> None:
     """Make folder/{train,heldout,dropped}.jsonl, statistics.json and report.html, all of it or nothing."""
-    config = read_yaml(file, PrepareConfig, "configs/prepare_gsm8k.yaml")
+    config = load_yaml(PrepareConfig, file, ())
     if config.folder.exists():
         raise UserError(f"{config.folder}: there already; remove it, or set folder to a new one")
     total = sum(count_rows(path) for source in config.sources for path in files_of(source))

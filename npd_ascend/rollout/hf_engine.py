@@ -86,13 +86,14 @@ class HfEngine:
 
     @torch.inference_mode()
     def next_logprobs(self, contexts: Sequence[tuple[int, ...]], ids: Sequence[int]) -> np.ndarray:
-        ids_BP, mask_BP = self._left_padded(list(contexts))
+        rows = {context: row for row, context in enumerate(dict.fromkeys(contexts))}  # each read once
+        ids_BP, mask_BP = self._left_padded(list(rows))
         positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
         logits_BV = self._model(
             input_ids=ids_BP, attention_mask=mask_BP, position_ids=positions_BP, logits_to_keep=1
         ).logits[:, -1]
-        next_B1 = torch.tensor(ids, device=self._device)[:, None]
-        return torch.log_softmax(logits_BV.float(), -1).gather(1, next_B1)[:, 0].cpu().numpy()
+        logprobs_BV = torch.log_softmax(logits_BV.float(), -1)
+        return logprobs_BV[[rows[context] for context in contexts], list(ids)].cpu().numpy()
 
     def _left_padded(self, prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(map(len, prompts))

@@ -1,0 +1,138 @@
+"""The paper's eleven benchmarks as tasks of lm-eval, and the scores that others have published on them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TASKS = Path(__file__).parent / "tasks"  # definitions of our own, for what lm-eval lacks
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """task, metric and filter: as lm-eval 0.4.13 names them; metric is a mean over questions, in 0..1.
+
+    split: which one is asked, for data in a single file. fields: what every row of such a file must have. grouped: the
+    task is a group of many, one per subject, and its data are a folder. own_shots: the examples stand in the task, so
+    they need no data. runs_code: answers are executed on this machine.
+    """
+
+    title: str
+    task: str
+    metric: str
+    filter: str
+    named: str  # the metric as the model cards name it
+    split: str
+    fields: tuple[str, ...]
+    grouped: bool = False
+    own_shots: bool = False
+    runs_code: bool = False
+
+
+def _choice(title: str, task: str, *, split: str, fields: tuple[str, ...] = (), grouped: bool = True) -> Benchmark:
+    return Benchmark(title, task, "acc", "none", "Acc", split, fields, grouped)
+
+
+# The cards and the paper name benchmark and metric; the task and its prompt are our choice (docs/eval.md).
+BENCHMARKS = {
+    "mmlu": _choice("MMLU", "mmlu", split="test"),
+    "cmmlu": _choice("CMMLU", "cmmlu", split="test"),
+    "ceval": _choice("C-Eval", "ceval-valid", split="val"),
+    "ifeval": Benchmark(
+        "IF-Eval",
+        "ifeval",
+        "prompt_level_strict_acc",
+        "none",
+        "Prompt Strict",
+        "train",
+        ("prompt", "instruction_id_list"),
+    ),
+    "cluewsc": _choice("CLUEWSC", "cluewsc", split="validation", fields=("text", "target", "label"), grouped=False),
+    "gsm8k": Benchmark("GSM8K", "gsm8k", "exact_match", "flexible-extract", "Acc", "test", ("question", "answer")),
+    "math500": Benchmark(
+        "MATH-500", "minerva_math500", "math_verify", "none", "Acc", "test", ("problem", "solution"), own_shots=True
+    ),
+    "drop": Benchmark("DROP", "drop", "f1", "none", "F1", "validation", ("passage", "question", "answer")),
+    "gpqa_diamond": Benchmark(
+        "GPQA-Diamond",
+        "gpqa_diamond_cot_zeroshot",
+        "exact_match",
+        "flexible-extract",
+        "Pass@1",
+        "train",
+        ("Question", "Correct Answer"),
+    ),
+    "mbpp": Benchmark(
+        "MBPP",
+        "mbpp_instruct",
+        "pass_at_1",
+        "extract_code",
+        "Pass@1",
+        "test",
+        ("text", "test_list"),
+        own_shots=True,
+        runs_code=True,
+    ),
+    "humaneval": Benchmark(
+        "HumanEval",
+        "humaneval_instruct",
+        "pass@1",
+        "create_test",
+        "Pass@1",
+        "test",
+        ("prompt", "test", "entry_point"),
+        runs_code=True,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Scores in percent by benchmark; what was not found is not there. average: of the eleven."""
+
+    name: str
+    scores: dict[str, float]
+    average: float | None
+    source: str
+
+
+PUBLISHED = (
+    Published(
+        "1B V1.0",
+        {
+            "mmlu": 60.72,
+            "cmmlu": 51.99,
+            "ceval": 60.98,
+            "ifeval": 56.56,
+            "cluewsc": 68.55,
+            "gsm8k": 66.72,
+            "math500": 52.00,
+            "drop": 50.31,
+            "mbpp": 54.09,
+            "humaneval": 56.71,
+        },
+        None,
+        "openPangu-Embedded-1B V1.0: its model card, fast thinking; ten benchmarks, no average of eleven",
+    ),
+    Published(
+        "1B V1.1",
+        {"gsm8k": 82.76, "math500": 81.83},
+        63.90,
+        "openPangu-Embedded-1B V1.1: press report of September 2025 on arXiv 2509.26497, second-hand; it says "
+        "MATH, not MATH-500, and does not say of which benchmarks 63.90 is the average",
+    ),
+    Published("SFT", {}, 56.28, "openPangu 1B after SFT: paper (arXiv 2605.05940), main table"),
+    Published("NPD", {"math500": 72.60}, 64.37, "openPangu 1B after NPD: paper, main table"),
+    Published(
+        "NPD+GRPO",
+        {
+            "math500": 84.76,
+            "cmmlu": 56.53,
+            "ceval": 67.13,
+            "drop": 69.18,
+            "ifeval": 65.43,
+            "gpqa_diamond": 50.51,
+        },
+        68.73,
+        "openPangu 1B after NPD and 300 steps of GRPO: paper, main table; by benchmark from wizwand.com's page of it",
+    ),
+    Published("Qwen3-1.7B", {}, 63.69, "Qwen3-1.7B: paper, main table"),
+)

@@ -1,0 +1,126 @@
+"""lm-eval at work: one pass over one benchmark, question by question. What depends on lm-eval's version is here."""
+
+import logging
+import os
+import random
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from npd_ascend.errors import UserError
+from npd_ascend.evaluate.benchmarks import BENCHMARKS, TASKS, Benchmark
+from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings
+
+_WAY_OUT = "pip install -r requirements-eval.txt"
+
+
+def require_lm_eval() -> str:
+    """Its version; UserError if it is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError(f"npd eval --benchmarks asks lm-eval, but the package lm_eval is not installed; {_WAY_OUT}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every setting that it takes from us
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lm_eval|datasets")
+    return version("lm_eval")
+
+
+class Harness:
+    """All tasks that this version of lm-eval knows, and our own."""
+
+    def __init__(self, settings: EvalSettings):
+        from lm_eval.tasks import TaskManager
+
+        self._settings, self._manager = settings, TaskManager(include_path=str(TASKS))
+
+    def ask(self, name: str, chosen: BenchmarkSettings, lm: Any) -> list[dict]:
+        """Rows of one pass: task, question (its number there), score in 0..1, answer after the task's filter, target.
+
+        UserError if the data cannot be had or do not fit the task.
+        """
+        from lm_eval import simple_evaluate
+
+        benchmark = BENCHMARKS[name]
+        loaded = self._load(name, chosen, benchmark)
+        results = simple_evaluate(
+            model=lm,
+            tasks=[loaded],
+            num_fewshot=chosen.shots,
+            gen_kwargs=_generation(chosen, benchmark),
+            limit=chosen.questions,
+            bootstrap_iters=0,  # its standard errors; ours are over questions, whatever the metric
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+            task_manager=self._manager,
+            confirm_run_unsafe_code=name in self._settings.run_code_of,
+        )
+        return [
+            {
+                "task": task,
+                "question": row["doc_id"],
+                "score": float(row[benchmark.metric]),
+                "answer": row["filtered_resps"][0] if benchmark.metric != "acc" else None,
+                "target": str(row["target"]),
+            }
+            for task, rows in sorted(results["samples"].items())
+            for row in rows
+            if row["filter"] == benchmark.filter
+        ]
+
+    def _load(self, name: str, chosen: BenchmarkSettings, benchmark: Benchmark) -> Any:
+        """A lm-eval group of the benchmark's tasks with their data."""
+        import datasets
+        from lm_eval.defaults import DEFAULT_RANDOM_SEED
+
+        random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval does before it loads: GPQA shuffles its choices then
+        if benchmark.runs_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the user has named it in run_code_of
+        changes = self._changes(chosen, benchmark)
+        spec = {"group": f"npd_{name}", "task": [{"task": leaf} | changes for leaf in self._leaves(benchmark.task)]}
+        place = f"benchmarks.{name}.data" if chosen.data else f"benchmarks.{name}"
+        try:
+            loaded = self._manager.load([spec])
+        except (OSError, ValueError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
+            tried = chosen.data or "the hub's data set"
+            raise UserError(
+                f"{place}: {benchmark.title} from {tried} cannot be loaded ({type(error).__name__}: "
+                f"{_line(error)}); set benchmarks.{name}.data to a copy of the data set, see docs/eval.md"
+            ) from None
+        return loaded["groups"][f"npd_{name}"]
+
+    def _changes(self, chosen: BenchmarkSettings, benchmark: Benchmark) -> dict:
+        """Of the task's definition."""
+        changes: dict[str, Any] = {} if self._settings.model.system_prompt == "task" else {"description": ""}
+        if chosen.data and chosen.data.is_dir():
+            changes["dataset_path"] = str(chosen.data)
+        elif chosen.data:
+            files = {"data_files": {benchmark.split: str(chosen.data)}}
+            changes |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "training_split": None}
+            changes |= {} if benchmark.own_shots else {"fewshot_split": None}
+        return changes
+
+    def _leaves(self, name: str) -> list[str]:
+        """The tasks of a group. lm-eval 0.4.13 takes changes to single tasks, not to groups of tags."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        entry = self._manager.task_index[name]
+        if entry.kind.name == "TAG":
+            return sorted(entry.tags)
+        if entry.kind.name == "GROUP":
+            members = load_yaml(entry.yaml_path, resolve_func=False)["task"]
+            return [leaf for member in members for leaf in self._leaves(member)]
+        return [name]
+
+
+def _generation(chosen: BenchmarkSettings, benchmark: Benchmark) -> dict | None:
+    """Changes of the task's generation_kwargs."""
+    if benchmark.metric == "acc":
+        return None
+    changes: dict[str, Any] = {"do_sample": chosen.temperature > 0, "temperature": chosen.temperature}
+    if chosen.max_new_tokens:
+        changes["max_gen_toks"] = chosen.max_new_tokens
+    return changes
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
