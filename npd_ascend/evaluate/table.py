@@ -4,14 +4,12 @@ import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from npd_ascend.durable import commit_file
 from npd_ascend.evaluate.benchmarks import BENCHMARKS, PUBLISHED
 from npd_ascend.evaluate.scores import Score
 from npd_ascend.evaluate.settings import EvalSettings
+from npd_ascend.report.template import load_template
 
 _NOTES = (
     "Percent; in brackets Wilson's 95% interval over the questions. An average stands only where all eleven were "
@@ -95,10 +93,7 @@ def _percent(value: float | None) -> str:
 
 
 def _page(settings: EvalSettings, scores: Mapping[str, Score]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("results.html.j2").render(
+    return load_template("benchmarks.html.j2").render(
         name=settings.model.name,
         published=PUBLISHED,
         rows=_cells(settings, scores),
