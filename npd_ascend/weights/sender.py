@@ -223,9 +223,11 @@ def _raise_failed(line: Line) -> None:
 
 @contextmanager
 def _lost(peer: str, when: str) -> Iterator[None]:
-    """gloo says a lost peer as a RuntimeError without a name."""
+    """gloo and HCCL say a lost peer as a RuntimeError without a name."""
     try:
         yield
+    except TransferError:  # has one
+        raise
     except RuntimeError as error:
         raise TransferError(f"{peer}: lost {when} ({reason_of(error)})") from None
 
