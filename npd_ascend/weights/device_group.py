@@ -47,11 +47,15 @@ class DeviceGroup:
         meeting = StatelessProcessGroup.create(
             info.host, info.port, 0, info.world_size, store_timeout=math.ceil(timeout_s), listen_socket=server
         )
-        with module.stream(self._stream):
-            self._communicator = device_communicator(device)(meeting, device)
-        if self._communicator.disabled:  # it would move nothing and say nothing
-            raise RuntimeError("vLLM's communicator did not find its library")
-        self._communicator.group = None  # closes the port, at which whoever connects is answered
+        try:
+            with module.stream(self._stream):
+                self._communicator = device_communicator(device)(meeting, device)
+            if self._communicator.disabled:  # it would move nothing and say nothing
+                raise RuntimeError("vLLM's communicator did not find its library")
+        finally:
+            # closes the port, at which whoever connects is answered; a worker that still waits there for a trainer
+            # that has failed would do so for five minutes
+            meeting.store = None
 
     def send(self, snapshot: Snapshot, line: Line) -> None:
         """TransferError if a bucket is not away within timeout_s, or the worker hangs up.

@@ -5,6 +5,7 @@ take from vLLM. No card, no CANN and no model of vLLM's is in it.
 """
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -233,8 +234,10 @@ def test_a_communicator_without_its_library_is_not_taken_for_one_that_works(send
     monkeypatch.setattr(
         pyhccl, "HCCLLibrary", lambda path: really(path) if threading.get_ident() == first else missing()
     )
+    started = time.monotonic()
     with pytest.raises(TransferError):
         Worker(tmp_path).take(1)
+    assert time.monotonic() - started < 60  # vLLM's rendezvous alone would wait for 300 s
 
 
 def test_the_stub_is_what_pyhccl_calls():
