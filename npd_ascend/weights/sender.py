@@ -55,7 +55,7 @@ def open_sender(
     """
     if device:
         device_communicator(device)  # told now, and not when a worker asks
-    sizes = {True: BUCKET_BYTES, False: DEVICE_BUCKET_BYTES}
+    usual = DEVICE_BUCKET_BYTES if device else BUCKET_BYTES
     sender = WeightSender(
         folder,
         dtype,
@@ -63,7 +63,7 @@ def open_sender(
         timeout_s=timeout_s,
         host=host,
         device=device,
-        bucket_bytes=bucket_bytes or sizes[device is None],
+        bucket_bytes=bucket_bytes or usual,
     )
     try:
         yield sender
