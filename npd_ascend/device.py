@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from npd_ascend.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
-_COLLECTIVES = {"cpu": "gloo", "npu": "hccl"}
+_COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _NPU_WAY_OUT = "see docs/ascend.md, or set device.kind=cpu"
 
 
@@ -65,6 +66,26 @@ def accelerator() -> str:
 
 def collective_backend(device: torch.device) -> str:
     return _COLLECTIVES[device.type]
+
+
+def device_communicator(device: torch.device) -> Any:
+    """vLLM's class of communicators between devices, apart from the groups of torch.distributed.
+
+    Made of (StatelessProcessGroup, device); broadcast(tensor, src, stream). UserError if it cannot be imported.
+    Sources: docs/ascend.md.
+    """
+    try:
+        if device.type == "npu":
+            from vllm_ascend.distributed.device_communicators.pyhccl import PyHcclCommunicator as Communicator
+        else:
+            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator as Communicator
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"rollout.weights=device: vLLM's {collective_backend(device)} communicator cannot be imported ({reason}); "
+            f"install vLLM for this device where the trainer runs, or set rollout.weights: memory"
+        ) from None
+    return Communicator
 
 
 def group_bytes(kind: str) -> int:

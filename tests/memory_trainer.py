@@ -1,14 +1,17 @@
 """A trainer in a process of its own that sends weights from memory, and a worker without an engine that takes them."""
 
+import copy
 import logging
 import multiprocessing as mp
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from device_stand_in import stand_in_for_devices
 
 from npd_ascend.model.hf_weights import load_hf_weights
 from npd_ascend.model.load import load_decoder
@@ -33,6 +36,7 @@ class _Trainer:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=0.002)
         self._random = torch.Generator().manual_seed(5)
         self._really_broadcast, self._healed = collective.broadcast, threading.Event()
+        self._really_manifest, self._really_buckets = collective.Snapshot.manifest, collective.Snapshot.buckets
 
     def _logits(self, ids):
         return self._model(torch.tensor(ids), [0, len(ids)]) @ self._model.head_weight_VD.T
@@ -89,16 +93,68 @@ class _Trainer:
         self._healed.clear()
         collective.broadcast = broadcast
 
+    def plant(self, mistake):
+        """In what is offered from now on until `heal`, with two tensors of one shape or the first of all."""
+        manifest, buckets = self._really_manifest, self._really_buckets
+        if mistake == "cut":  # the manifest is right, the broadcasts are not, from the second on
+            collective.Snapshot.buckets = property(lambda snapshot: _with_a_wrong_cut(buckets.fget(snapshot)))
+        elif mistake == "bytes":
+            collective.Snapshot.buckets = property(lambda snapshot: buckets.fget(_with_swapped_values(snapshot)))
+        else:
+            collective.Snapshot.manifest = lambda snapshot: _wrong_manifest(manifest(snapshot), mistake)
+
     def is_stopped(self):
         return self._stopped
 
     def heal(self):
         collective.broadcast = self._really_broadcast
+        collective.Snapshot.manifest, collective.Snapshot.buckets = self._really_manifest, self._really_buckets
         self._healed.set()
+
+
+def _twins(names, shapes):
+    """Numbers of two tensors of one shape."""
+    first = next(i for i, name in enumerate(names) if name.endswith("layers.0.post_attention_layernorm.weight"))
+    second = next(i for i, name in enumerate(names) if name.endswith("layers.1.post_attention_layernorm.weight"))
+    assert shapes[first] == shapes[second]
+    return first, second
+
+
+def _with_a_wrong_cut(buckets):
+    first, second, *rest = buckets
+    return first, second[:-4], *rest
+
+
+def _with_swapped_values(snapshot):
+    """Its names are as before, the bytes of two of them are each other's."""
+    first, second = _twins(snapshot._names, snapshot._shapes)
+    wrong = copy.copy(snapshot)
+    wrong._values = snapshot._values.clone()
+    parts = [wrong._values.split([torch.Size(shape).numel() for shape in snapshot._shapes])[i] for i in (first, second)]
+    kept = parts[0].clone()
+    parts[0].copy_(parts[1])
+    parts[1].copy_(kept)
+    return wrong
+
+
+def _wrong_manifest(manifest, mistake):
+    if mistake == "order":
+        first, second = _twins(manifest.names, manifest.shapes)
+        names = list(manifest.names)
+        names[first], names[second] = names[second], names[first]
+        return replace(manifest, names=names)
+    if mistake == "dtype":
+        return replace(manifest, dtype="bfloat16")
+    if mistake == "shape":
+        return replace(manifest, shapes=[manifest.shapes[0][::-1], *manifest.shapes[1:]])
+    assert mistake == "buckets"
+    return replace(manifest, bucket_sizes=[sum(manifest.bucket_sizes)])
 
 
 def _work(pipe, folder, source, dtype, settings):
     torch.set_num_threads(1)
+    if settings.get("device"):
+        stand_in_for_devices(None)
     lines = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())

@@ -55,6 +55,9 @@ def test_overrides_are_typed():
         ("teacher.url=http://127.0.0.1:8000", "local has none"),
         ("rollout.engine=vlm", "rollout.engine: Input should be 'hf' or 'vllm'"),
         ("rollout={engine: vllm, temperature: 0.001, max_new_tokens: 6}", "which would take 0.01"),
+        ("rollout.weights=memory", "rollout: weights=memory needs engine=vllm; set that, or weights: disk"),
+        ("rollout.weights=device", "rollout: weights=device needs engine=vllm; set that, or weights: disk"),
+        ("rollout={weights: device, engine: vllm, max_new_tokens: 6}", "rollout.weights=device needs npd.stream"),
     ],
 )
 def test_a_wrong_setting_is_told_with_key_and_reason(override, said):
@@ -67,6 +70,13 @@ def test_a_wrong_setting_is_told_with_key_and_reason(override, said):
 def test_quantile_tau_is_a_share():
     with pytest.raises(UserError, match=r"tau=1.5 is no quantile"):
         load_config(ADDITION, ["filters.tau_mode=quantile", "filters.tau=1.5"])
+
+
+def test_weights_from_device_to_device_want_a_device():
+    settings = ["npd.stream={}", "npd.refresh_after=[]", "rollout.engine=vllm", "rollout.weights=device"]
+    with pytest.raises(UserError, match=r"weights=device needs an accelerator, device\.kind is cpu; set weights"):
+        load_config(ADDITION, settings)
+    assert load_config(ADDITION, [*settings, "device.kind=npu"]).rollout.weights == "device"
 
 
 @pytest.mark.parametrize(

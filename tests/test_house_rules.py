@@ -19,7 +19,7 @@ FORBIDDEN = {
     "config": ["errors|"],
     "model": ["config|errors|durable|model|"],
     "parallel": ["device|errors|model|parallel|"],
-    "weights": ["durable|errors|model|parallel|weights|"],
+    "weights": ["device|durable|errors|model|parallel|weights|"],
     "rollout": ["!trainer", "!teacher", "!filters", "!evaluate", "!report"],
     "teacher": ["!trainer", "!rollout", "!evaluate", "!report"],
     "trainer": ["!rollout", "!teacher", "!evaluate", "!report"],

@@ -17,8 +17,10 @@ from memory_trainer import CPU, TIMEOUT_S, Trainer, Worker, work_once
 from safetensors.torch import load_file
 
 from npd_ascend.errors import UserError
+from npd_ascend.model.hf_weights import hf_shapes
 from npd_ascend.model.load import load_decoder
 from npd_ascend.parallel.plan import cut_model
+from npd_ascend.weights.collective import packed_sizes
 from npd_ascend.weights.control import Line, TransferError
 from npd_ascend.weights.sender import open_sender
 
@@ -117,8 +119,16 @@ def test_tensor_parallel_ranks_send_what_one_rank_sends(ranks, source, tmp_path,
     wanted = load_file(source / "model.safetensors")
     check_same(tensors, {name: wanted[name] for name in tensors})
     assert wanted.keys() - tensors.keys() <= {"lm_head.weight"}
+    assert list(tensors) == list(hf_shapes(load_decoder(source, dtype=torch.float32, device=CPU)))  # workers ask for it
     with pytest.raises(TransferError, match=r"sender\.json: not there, so no trainer sends weights"):
         Worker(tmp_path).take(1)
+
+
+def test_a_packed_bucket_ends_with_the_tensor_that_makes_it_too_large():
+    assert packed_sizes([4, 4, 4, 9, 1, 8], 8) == [12, 9, 9]
+    assert packed_sizes([4, 4, 4, 4], 8) == [12, 4]
+    assert packed_sizes([8, 8], 16) == [16]  # as large as it may be is not too large
+    assert packed_sizes([], 8) == []
 
 
 @pytest.mark.parametrize("flipped", [[0], [3, 4]])

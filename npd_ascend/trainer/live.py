@@ -45,7 +45,7 @@ def train_live(run: RunFolder, mesh: Mesh) -> None:
     with open_metrics(run, "npd", mesh) as metrics:
         trainer = LiveTrainer(run, mesh, metrics)
         trainer.resume()
-        with _sending(run, mesh) as trainer.sender:
+        with _sending(run, mesh, trainer.device) as trainer.sender:
             if trainer.cursor["step"] == trainer.cursor["published_at"]:  # else the weights have moved on
                 trainer.offer()
             _train_all(trainer, mesh)
@@ -53,12 +53,14 @@ def train_live(run: RunFolder, mesh: Mesh) -> None:
 
 
 @contextmanager
-def _sending(run: RunFolder, mesh: Mesh) -> Iterator[WeightSender | None]:
+def _sending(run: RunFolder, mesh: Mesh, model_device: torch.device) -> Iterator[WeightSender | None]:
     rollout = run.config.rollout
     if rollout.weights == "disk":
         yield None
         return
-    with open_sender(run.path / "weights", DTYPES[rollout.dtype], mesh, timeout_s=SILENCE_S) as sender:
+    folder, dtype = run.path / "weights", DTYPES[rollout.dtype]
+    device = model_device if rollout.weights == "device" else None
+    with open_sender(folder, dtype, mesh, timeout_s=SILENCE_S, device=device) as sender:
         yield sender
 
 
@@ -92,6 +94,10 @@ class LiveTrainer:
         self.sender: WeightSender | None = None
         self._heartbeat = run.heartbeat("distill") if mesh.rank == 0 else None
         self._written = _written_packs(run)
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.embed.weight.device
 
     def resume(self) -> None:
         """From the newest checkpoint, if there is one."""
@@ -185,10 +191,10 @@ class LiveTrainer:
         batches = make_generated(
             rollouts,
             pack_tokens=self._run.config.npd.pack_tokens,
-            device=self._model.embed.weight.device,
+            device=self.device,
             multiple_of=self._mesh.row_multiple,
         )[: self._mesh.dp]  # one pack a replica is enough to know
-        total = torch.zeros((), device=self._model.embed.weight.device)
+        total = torch.zeros((), device=self.device)
         for batch in batches[self._mesh.dp_rank :: self._mesh.dp]:
             total += drift_sum(self._model, batch, self._run.config.kernels.loss)
         drift = float(self._mesh.sum_over_dp(total)) / sum(len(batch.logprobs_A) for batch in batches)

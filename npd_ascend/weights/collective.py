@@ -2,16 +2,13 @@
 
 The bytes pass through host memory over gloo on every device. The trainer keeps a copy there, so it trains on while
 workers take their time, and its serving threads never meet the collectives of a training step; vLLM's weight loaders
-copy from host to device as they do from a file. What vLLM has for devices alone ("nccl"; "hccl" in vllm-ascend, whose
-init_info is master_address, master_port, rank_offset, world_size and whose update_info is names, dtype_names, shapes,
-packed) writes into the model while the weights arrive, unchecked, and wants the trainer's device for it. It has NOT
-been run here, and would replace `open_group`, `Snapshot.send`, `receive_buckets` and the engine in
-rollout/vllm_gloo.py; control.py, sender.py and receiver.py would stay.
+copy from host to device as they do from a file. device_group.py sends the same snapshot between devices instead.
 """
 
 import hashlib
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -39,14 +36,14 @@ class GroupInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What comes: tensors of one dtype back to back in one buffer, which is cut into buckets of equal size."""
+    """What comes: tensors of one dtype back to back in one buffer, which is cut into buckets."""
 
     version: int
     dtype: str  # torch's name of it
     names: list[str]  # Hugging Face's
     shapes: list[list[int]]
-    bucket_bytes: int
-    checksums: list[str]  # SHA-256 of every bucket
+    bucket_sizes: list[int]  # bytes
+    checksums: list[str]  # SHA-256 of every bucket; none of what does not pass through host memory
     gather_s: float  # that the trainer took to collect them
 
     @property
@@ -64,38 +61,62 @@ class Manifest:
 
 
 class Snapshot:
-    """One version in host memory, apart from the model that trains on. Made on rank 0, while the other ranks of its
-    replica exhaust whole_tensors."""
+    """One version apart from the model that trains on. Made on rank 0, while the other ranks of its replica exhaust
+    whole_tensors.
 
-    def __init__(self, version: int, model: Decoder, mesh: Mesh, dtype: torch.dtype, bucket_bytes: int):
+    device: where it lies; None: in host memory, with checksums.
+    """
+
+    def __init__(
+        self,
+        version: int,
+        model: Decoder,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        device: torch.device | None = None,
+    ):
         started, at = time.perf_counter(), 0
-        self.version, self._dtype, self._bucket_bytes = version, dtype, bucket_bytes
+        self.version, self._dtype, self._bucket_bytes, self._device = version, dtype, bucket_bytes, device
         self._names: list[str] = []
         self._shapes: list[list[int]] = []
-        self._values = torch.empty(sum(torch.Size(shape).numel() for shape in hf_shapes(model).values()), dtype=dtype)
+        numel = sum(torch.Size(shape).numel() for shape in hf_shapes(model).values())
+        self._values = torch.empty(numel, dtype=dtype, device=device or torch.device("cpu"))
         for name, tensor in whole_tensors(model, mesh):
-            self._values[at : at + tensor.numel()].copy_(tensor.reshape(-1))  # to the host and to its dtype in one
+            self._values[at : at + tensor.numel()].copy_(tensor.reshape(-1))  # to the place and to its dtype in one
             self._names.append(name)
             self._shapes.append(list(tensor.shape))
             at += tensor.numel()
+        if device:
+            torch.get_device_module(device).synchronize()  # other threads send it, on streams of their own
         self.gather_s = time.perf_counter() - started
         self._checksums: list[str] = []
         self._lock = threading.Lock()
 
     @property
+    def bucket_sizes(self) -> list[int]:
+        """Bytes; equal ones in host memory, whole tensors between devices."""
+        sizes = [torch.Size(shape).numel() * self._dtype.itemsize for shape in self._shapes]
+        if self._device:
+            return packed_sizes(sizes, self._bucket_bytes)
+        whole, rest = divmod(sum(sizes), self._bucket_bytes)
+        return [self._bucket_bytes] * whole + [rest] * (rest > 0)
+
+    @property
     def buckets(self) -> tuple[torch.Tensor, ...]:
-        return self._values.view(torch.uint8).split(self._bucket_bytes)
+        return self._values.view(torch.uint8).split(self.bucket_sizes)
 
     def manifest(self) -> Manifest:
         """The checksums are made by whoever asks first; the trainer waits for the copy alone."""
         with self._lock:
-            self._checksums = self._checksums or [checksum(bucket) for bucket in self.buckets]
+            if not self._device:
+                self._checksums = self._checksums or [checksum(bucket) for bucket in self.buckets]
         return Manifest(
             version=self.version,
             dtype=str(self._dtype).removeprefix("torch."),
             names=self._names,
             shapes=self._shapes,
-            bucket_bytes=self._bucket_bytes,
+            bucket_sizes=self.bucket_sizes,
             checksums=self._checksums,
             gather_s=self.gather_s,
         )
@@ -111,7 +132,7 @@ def receive_buckets(manifest: Manifest, group: dist.ProcessGroupGloo) -> torch.T
     RuntimeError, gloo's, if the trainer is lost or silent for the group's time-out.
     """
     buffer = torch.empty(manifest.total_bytes, dtype=torch.uint8)
-    buckets = buffer.split(manifest.bucket_bytes)
+    buckets = buffer.split(manifest.bucket_sizes)
     arriving = [broadcast(bucket, group) for bucket in buckets]  # one is checked while the next is on its way
     differing = []
     for number, (work, bucket, wanted) in enumerate(zip(arriving, buckets, manifest.checksums, strict=True)):
@@ -138,6 +159,20 @@ def open_group(info: GroupInfo, rank: int) -> dist.ProcessGroupGloo:
     store = dist.FileStore(info.meeting, info.world_size)
     store.set_timeout(options._timeout)
     return dist.ProcessGroupGloo(store, rank, info.world_size, options)
+
+
+def packed_sizes(sizes: Sequence[int], bucket_bytes: int) -> list[int]:
+    """Bytes of the broadcasts in which vLLM's engines for devices take tensors of these `sizes` (bytes).
+
+    A bucket ends with the tensor that makes it larger than bucket_bytes. Source: docs/ascend.md.
+    """
+    packed, current = [], 0
+    for size in sizes:
+        current += size
+        if current > bucket_bytes:
+            packed.append(current)
+            current = 0
+    return packed + [current] * (current > 0)
 
 
 def checksum(bucket: torch.Tensor) -> str:

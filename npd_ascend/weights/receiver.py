@@ -8,25 +8,30 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from npd_ascend.weights.collective import MEETINGS, GroupInfo, Manifest
 from npd_ascend.weights.control import Line, TransferError, reason_of
+from npd_ascend.weights.device_group import DeviceGroupInfo
 
 
 class WeightReceiver:
     """For one engine, whose ranks share a group with the trainer as long as this is connected to it.
 
-    folder: RUN/weights. worker: its name in the trainer's log. timeout_s: of silence, then TransferError.
+    folder: RUN/weights. worker: its name in the trainer's log. timeout_s: of silence, then TransferError. device:
+    whether the weights go from device to device.
     """
 
-    def __init__(self, folder: Path, worker: str, *, timeout_s: float):
+    def __init__(self, folder: Path, worker: str, *, timeout_s: float, device: bool = False):
         self._file, self._worker, self._timeout_s = folder / "sender.json", worker, timeout_s
+        self._device = device
         self._line: Line | None = None
         self._owes_answer = False  # to a manifest, how its transfer ended
 
     @contextmanager
     def transfer(self, version: int) -> Iterator[None]:
-        """Around connect, manifest, start and the broadcasts, in this order; the trainer is told how it ended.
+        """Around connect, manifest, start, the broadcasts and, between devices, confirm, in this order; the trainer is
+        told how it ended.
 
         Whatever RuntimeError is raised inside, gloo's among them, ends in TransferError, which names the version.
         """
@@ -39,7 +44,7 @@ class WeightReceiver:
             raise TransferError(f"weight version {version} did not come from memory: {reason}") from None
         self._say_failed(None)
 
-    def connect(self, ranks: int) -> GroupInfo | None:
+    def connect(self, ranks: int) -> GroupInfo | DeviceGroupInfo | None:
         """The group that the engine's ranks must join now; None if they are in it already."""
         if self._line and self._line.is_open():
             return None
@@ -55,11 +60,15 @@ class WeightReceiver:
         peer = f"the trainer at {sender['host']}:{sender['port']}"
         try:
             self._line = Line(connected, sender["token"], peer, self._timeout_s, serves=False)
-            self._line.send({"worker": self._worker, "ranks": ranks})
-            answer = self._line.receive()
+            self._line.send({"worker": self._worker, "ranks": ranks, "device": self._device})
+            answer = self._receive()
         except TransferError:
             connected.close()
             raise
+        if self._device:
+            return DeviceGroupInfo(
+                host=sender["host"], port=answer["port"], world_size=1 + ranks, bucket_bytes=answer["bucket_bytes"]
+            )
         return GroupInfo(
             meeting=str(self._file.parent / MEETINGS / answer["meeting"]),
             own_host=self._line.own_address,
@@ -70,15 +79,23 @@ class WeightReceiver:
     def manifest(self, version: int) -> Manifest:
         """What the trainer sends after `start`; TransferError if it has another version."""
         self._line.send({"version": version})
+        answer = self._receive()
+        self._owes_answer = True
+        return Manifest(**answer["manifest"])
+
+    def _receive(self) -> dict[str, Any]:
         answer = self._line.receive()
         if "refused" in answer:
             raise TransferError(f"{self._line.peer}: {answer['refused']}")
-        self._owes_answer = True
-        return Manifest(**answer["manifest"])
+        return answer
 
     def start(self) -> None:
         """The trainer may send: the broadcasts of a manifest that was found good begin now."""
         self._line.send({"failed": None})
+
+    def confirm(self) -> None:
+        """After the broadcasts between devices: the trainer has sent all of it, and did not give up on the way."""
+        self._receive()
 
     def _say_failed(self, reason: str | None) -> None:
         """What is here is here, and what is not is not, whether or not the trainer still listens."""

@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from npd_ascend.device import device_communicator
 from npd_ascend.durable import commit_file
 from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.weights.collective import MEETINGS, GroupInfo, Snapshot, open_group
 from npd_ascend.weights.control import Line, TransferError, reason_of
+from npd_ascend.weights.device_group import DEVICE_BUCKET_BYTES, DeviceGroup, DeviceGroupInfo
 from npd_ascend.weights.gather import whole_tensors
 
 LOOPBACK = "127.0.0.1"
@@ -42,14 +44,27 @@ def open_sender(
     *,
     timeout_s: float,
     host: str = LOOPBACK,
-    bucket_bytes: int = BUCKET_BYTES,
+    device: torch.device | None = None,
+    bucket_bytes: int | None = None,
 ) -> Iterator["WeightSender"]:
     """Serve workers until the block ends; called by all ranks, rank 0 listens.
 
     folder: RUN/weights. dtype: that workers generate in. timeout_s: of silence, after which a worker counts as lost.
-    host: the address of this host to listen at; UserError if it has no such address.
+    host: the address of this host to listen at; UserError if it has no such address. device: of this process, from
+    which weights go to the devices of the workers; None: they go from host memory. bucket_bytes: of one broadcast.
     """
-    sender = WeightSender(folder, dtype, mesh, timeout_s=timeout_s, host=host, bucket_bytes=bucket_bytes)
+    if device:
+        device_communicator(device)  # told now, and not when a worker asks
+    usual = DEVICE_BUCKET_BYTES if device else BUCKET_BYTES
+    sender = WeightSender(
+        folder,
+        dtype,
+        mesh,
+        timeout_s=timeout_s,
+        host=host,
+        device=device,
+        bucket_bytes=bucket_bytes or usual,
+    )
     try:
         yield sender
     finally:
@@ -59,8 +74,19 @@ def open_sender(
 class WeightSender:
     """Has one thread to accept workers and one per worker; what happens to a worker is a line in the log here."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, mesh: Mesh, *, timeout_s: float, host: str, bucket_bytes: int):
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        mesh: Mesh,
+        *,
+        timeout_s: float,
+        host: str,
+        device: torch.device | None,
+        bucket_bytes: int,
+    ):
         self._dtype, self._timeout_s, self._bucket_bytes, self._host = dtype, timeout_s, bucket_bytes, host
+        self._device = device
         self._version = -1  # the newest that was offered
         self._snapshot: Snapshot | None = None  # of it, once it is made
         self._changed, self._closed = threading.Condition(), False
@@ -89,7 +115,7 @@ class WeightSender:
                 pass
             return 0.0
         self._set(version, None)  # before the copy is made: there should be one of them at a time
-        snapshot = Snapshot(version, model, mesh, self._dtype, self._bucket_bytes)
+        snapshot = Snapshot(version, model, mesh, self._dtype, self._bucket_bytes, self._device)
         self._set(version, snapshot)
         threading.Thread(target=snapshot.manifest, daemon=True).start()  # before a worker has to wait for it
         return snapshot.gather_s
@@ -137,22 +163,40 @@ class WeightSender:
         """Until it hangs up, or does not keep to what was agreed: then TransferError, and it may connect anew."""
         hello = line.receive()
         line.peer = f"rollout worker {hello['worker']} at {line.peer}"
+        if hello["device"] != (self._device is not None):
+            line.send({"refused": "rollout.weights is not the same there and here; start them with one configuration"})
+            raise TransferError(f"{line.peer}: rollout.weights is not the same there and here")
+        with _lost(line.peer, "before it joined the group"):
+            meet = self._meet_in_file if self._device is None else self._meet_at_port
+            group = meet(line, 1 + hello["ranks"])
+        _log.info("weights: %s is connected", line.peer)
+        try:
+            while not self._closed and line.is_open():
+                if line.wait(_TURN_S):
+                    self._hand_out(line.receive()["version"], line, group)
+        finally:
+            if isinstance(group, DeviceGroup):
+                group.close()
+
+    def _meet_in_file(self, line: Line, world_size: int) -> dist.ProcessGroupGloo:
         meeting = secrets.token_hex(16)
         info = GroupInfo(
             meeting=str(self._meetings / meeting),
             own_host=self._host,
-            world_size=1 + hello["ranks"],
+            world_size=world_size,
             timeout_s=self._timeout_s,
         )
         line.send({"meeting": meeting})
-        with _lost(line.peer, "before it joined the group"):
-            group = open_group(info, 0)
-        _log.info("weights: %s is connected", line.peer)
-        while not self._closed and line.is_open():
-            if line.wait(_TURN_S):
-                self._hand_out(line.receive()["version"], line, group)
+        return open_group(info, 0)
 
-    def _hand_out(self, version: int, line: Line, group: dist.ProcessGroupGloo) -> None:
+    def _meet_at_port(self, line: Line, world_size: int) -> DeviceGroup:
+        with _listen(self._host) as server:
+            port = _port(server)
+            info = DeviceGroupInfo(host=self._host, port=port, world_size=world_size, bucket_bytes=self._bucket_bytes)
+            line.send({"port": port, "bucket_bytes": self._bucket_bytes})
+            return DeviceGroup(server, info, self._device, self._timeout_s)
+
+    def _hand_out(self, version: int, line: Line, group: dist.ProcessGroupGloo | DeviceGroup) -> None:
         with self._changed:
             # the worker may have seen it on disk just before it was offered, or while it is copied
             self._changed.wait_for(lambda: self._version >= version, min(_GRACE_S, self._timeout_s / 4))
@@ -164,7 +208,11 @@ class WeightSender:
         line.send({"manifest": asdict(snapshot.manifest())})
         _raise_failed(line)
         with _lost(line.peer, f"while version {version} was sent"):
-            snapshot.send(group)
+            if isinstance(group, DeviceGroup):
+                group.send(snapshot, line)
+                line.send({"sent": version})  # no checksum tells the worker that all of it was
+            else:
+                snapshot.send(group)
         _raise_failed(line)
 
 
@@ -175,9 +223,11 @@ def _raise_failed(line: Line) -> None:
 
 @contextmanager
 def _lost(peer: str, when: str) -> Iterator[None]:
-    """gloo says a lost peer as a RuntimeError without a name."""
+    """gloo and HCCL say a lost peer as a RuntimeError without a name."""
     try:
         yield
+    except TransferError:  # has one
+        raise
     except RuntimeError as error:
         raise TransferError(f"{peer}: lost {when} ({reason_of(error)})") from None
 

@@ -14,19 +14,19 @@ import pytest
 
 # torch would import torch_npu itself, before the libraries are there
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-SOURCE = Path(__file__).with_name("stub_cann.c")
+SOURCES = [str(Path(__file__).with_name(name)) for name in ("stub_cann.c", "stub_hccl.c")]
 # torch_npu looks functions up library by library, so each of them has all
 LIBRARIES = ["libascendcl", "libacl_op_compiler", "libhccl", "libge_runner", "libgraph", "libacl_tdt_channel"]
 
 
 def pytest_sessionstart(session):
     if shutil.which("gcc") is None:
-        pytest.exit("tests/ascend_wheel compiles stub_cann.c and finds no gcc; install it", returncode=2)
+        pytest.exit("tests/ascend_wheel compiles stub_*.c and finds no gcc; install it", returncode=2)
     with tempfile.TemporaryDirectory() as folder:
         for name in LIBRARIES:
             library = f"{folder}/{name}.so"
             subprocess.run(
-                ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}.so", "-o", library, str(SOURCE)], check=True
+                ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}.so", "-o", library, *SOURCES], check=True
             )
             ctypes.CDLL(library)
     import torch

@@ -47,7 +47,7 @@ REFUSED(aclrtDeviceEnablePeerAccess) REFUSED(aclrtDeviceGetBareTgid)
 HANDLE(aclrtCreateStream) HANDLE(aclrtCreateStreamWithConfig)
 HANDLE(aclrtCreateEventWithFlag) HANDLE(aclrtCreateEventExWithFlag)
 int aclrtQueryEventStatus(void *event, int *status) { *status = 1; return OK; }
-int aclrtStreamQuery(void *stream, int *status) { *status = 1; return OK; }
+int aclrtStreamQuery(void *stream, int *status) { *status = 0; return OK; } /* 0 is done, of an event it is 1 */
 int aclrtGetStreamId(void *stream, int *id) { *id = 0; return OK; }
 int aclrtEventElapsedTime(float *ms, void *from, void *to) { *ms = 0; return OK; }
 DONE(aclrtDestroyStream) DONE(aclrtDestroyStreamForce) DONE(aclrtDestroyEvent) DONE(aclrtResetEvent)
