@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     add("rollout", "let the student answer data.prompts and data.heldout", worker=True)
     add("score", "teacher prefill, Δ-IFD, decisions", worker=True)
     add("distill", "train on every decided set of rollouts")
+    add("grpo", "reinforcement learning on data.problems, beside the next two")
+    answers = add("grpo-rollout", "let the student answer data.problems in groups")
+    answers.add_argument("--worker", type=int, metavar="N", help="do the share of worker N; default: all")
+    add("grpo-reward", "judge those answers")
     add("eval", "exact match on data.heldout of every model of the run; or a model's scores in public benchmarks")
     add("report", "summary.json and report.html from what the run folder holds")
     add("plan", "memory of every card and time of every stage of a run, before anything is started")
@@ -164,9 +168,7 @@ def _worker_stage(args: argparse.Namespace, work, live) -> int:
 
     run = _open(args)
     processes, npd = run.config.processes, run.config.npd
-    most = processes.rollout if args.command == "rollout" else processes.teacher
-    if args.worker is not None and not 0 <= args.worker < most:
-        raise UserError(f"--worker {args.worker}: the run has {most} of them, counted from 0 (processes)")
+    _check_worker(args, processes.rollout if args.command == "rollout" else processes.teacher)
     if npd and npd.stream:
         if args.set is not None:
             raise UserError("--set is not for a run with npd.stream, whose shards are one set; remove it")
@@ -176,6 +178,11 @@ def _worker_stage(args: argparse.Namespace, work, live) -> int:
         label = worker_name(f"{args.command}-v{number}", args.worker)
         _timed(run, _name(args), lambda: work(run, number, args.worker), label)
     return 0
+
+
+def _check_worker(args: argparse.Namespace, most: int) -> None:
+    if args.worker is not None and not 0 <= args.worker < most:
+        raise UserError(f"--worker {args.worker}: the run has {most} of them, counted from 0 (processes)")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -246,6 +253,27 @@ def _distill(args: argparse.Namespace) -> int:
     from npd_ascend.trainer.stages import run_distill
 
     return _training_stage(args, run_distill)
+
+
+def _grpo(args: argparse.Namespace) -> int:
+    from npd_ascend.trainer.stages import run_grpo
+
+    return _training_stage(args, run_grpo)
+
+
+def _grpo_rollout(args: argparse.Namespace) -> int:
+    from npd_ascend.rollout.worker import run_grpo_rollouts
+
+    run = _open(args)
+    _check_worker(args, run.config.processes.rollout)
+    _timed(run, _name(args), lambda: run_grpo_rollouts(run, args.worker))
+    return 0
+
+
+def _grpo_reward(args: argparse.Namespace) -> int:
+    from npd_ascend.rewards.worker import run_rewards
+
+    return _stage(args, run_rewards)
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -328,6 +356,9 @@ _COMMANDS = {
     "rollout": _rollout,
     "score": _score,
     "distill": _distill,
+    "grpo": _grpo,
+    "grpo-rollout": _grpo_rollout,
+    "grpo-reward": _grpo_reward,
     "eval": _eval,
     "report": _report,
     "plan": _plan,

@@ -8,29 +8,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from npd_ascend.config_training import (  # noqa: F401 - every section is imported from here
+    GrpoConfig,
+    NpdConfig,
+    OptimizerConfig,
+    Section,
+    StageConfig,
+    StreamConfig,
+    TrainConfig,
+)
 from npd_ascend.errors import UserError
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     name: str
     folder: Path = Field(Path(), validate_default=True)  # default: runs/<name>
     seed: int = 0
 
 
-class DeviceConfig(_Section):
+class DeviceConfig(Section):
     kind: Literal["cpu", "npu"] = "cpu"  # npu: docs/ascend.md
     threads: int = Field(0, ge=0)  # 0: as many as torch finds
 
 
-class KernelConfig(_Section):
+class KernelConfig(Section):
     """Implementations of npd_kernels; one that cannot run on the device is refused before anything starts."""
 
     attention: Literal["reference", "sdpa", "triton", "npu"] = "sdpa"
@@ -38,7 +43,7 @@ class KernelConfig(_Section):
     layer: Literal["torch", "npu"] = "torch"  # norm, rotary embedding, gated activation
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How the trainer's ranks share the model and the packs; rollouts and teacher run in processes of their own."""
 
     tp: int = Field(1, ge=1)  # ranks that share every layer
@@ -59,7 +64,7 @@ class ParallelConfig(_Section):
         return self
 
 
-class ProcessConfig(_Section):
+class ProcessConfig(Section):
     """Processes beside the trainer; each has device.threads. A number may change when a run goes on."""
 
     rollout: int = Field(1, ge=1)  # they share the shards of rollouts
@@ -68,17 +73,17 @@ class ProcessConfig(_Section):
     timeout_s: int = Field(600, ge=1)  # without a sign of life; more than a shard takes
     # HOST:PORT of a Ray cluster on which the workers are placed; none: all on this host
     ray: str | None = Field(None, pattern=r"^[^:\s]+:\d+$")
-    rollout_needs: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}  # resources of Ray that a worker takes
-    teacher_needs: dict[str, Annotated[float, Field(gt=0)]] = {"CPU": 1}
+    rollout_needs: dict[str, Annotated[float, Field(gt=0)]] = Field({"CPU": 1})  # resources of Ray that a worker takes
+    teacher_needs: dict[str, Annotated[float, Field(gt=0)]] = Field({"CPU": 1})
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     path: Path  # Hugging Face folder: config.json, tokenizer, safetensors unless init is random
     init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps float32 master weights
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     path: Path  # with engine=served: config.json and tokenizer of what the server serves; weights are not read
     engine: Literal["local", "served"] = "local"  # served: a vLLM server that runs already
     url: str | None = Field(None, pattern=r"^https?://[^/]+/?$")  # of that server, for example http://127.0.0.1:8000
@@ -94,7 +99,7 @@ class TeacherConfig(_Section):
         return self
 
 
-class JsonlSource(_Section):
+class JsonlSource(Section):
     """One JSON object a line; only the keys named here are read."""
 
     kind: Literal["jsonl"]
@@ -105,7 +110,7 @@ class JsonlSource(_Section):
     count: int | None = Field(None, ge=1)
 
 
-class AdditionSource(_Section):
+class AdditionSource(Section):
     """Sums of two three-digit numbers: `count` of a fixed shuffle of all 810,000, from `first` on."""
 
     kind: Literal["addition"]
@@ -113,7 +118,7 @@ class AdditionSource(_Section):
     count: int = Field(ge=1)
 
 
-class ReasoningGymSource(_Section):
+class ReasoningGymSource(Section):
     """`count` questions from `first` on, in turn from each named data set of the reasoning-gym package.
 
     Tell two sources apart by `first`, not by `seed`: the package seeds row i with seed + i, so the sets of
@@ -130,98 +135,15 @@ class ReasoningGymSource(_Section):
 Source = Annotated[JsonlSource | AdditionSource | ReasoningGymSource, Field(discriminator="kind")]
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     gold: Source | None = None  # prompts with reference answers, for SFT
     prompts: Source | None = None  # what the student answers
+    problems: Source | None = None  # what it answers in groups, for GRPO
     heldout: Source  # evaluated, never trained on
     prompt_suffix: str = ""  # ends every user turn, for example " /no_think" for fast thinking
 
 
-class OptimizerConfig(_Section):
-    """AdamW, linear warm-up, cosine from lr to min_lr over all epochs of the stage."""
-
-    lr: float = Field(1e-5, gt=0)
-    min_lr: float = Field(1e-6, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _falls(self):
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower min_lr")
-        return self
-
-
-class TrainConfig(_Section):
-    """What SFT and NPD training have in common."""
-
-    epochs: int = Field(ge=1)
-    pack_tokens: int = Field(32768, ge=2)
-    packs_per_step: int = Field(1, ge=1)  # the global batch, in packs
-    normalise: Literal["token", "sample", "sqrt"] = "token"  # weight of a token: 1, 1/len, 1/sqrt(len)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint_every_steps: int = Field(200, ge=1)
-
-
-class StreamConfig(_Section):
-    """Rollouts, teacher and trainer side by side; a step trains on the next shards as soon as they are decided."""
-
-    shards_per_step: int = Field(1, ge=1)  # the global batch, in shards of rollout.batch_size answers
-    max_lag: int = Field(1, ge=0)  # versions that a sample may be behind when it is trained on
-    publish_every: int = Field(16, ge=1)  # steps from version to version; with publish_at_kl the longest interval
-    publish_at_kl: float | None = Field(None, gt=0)  # publish once KL(current || generator) passes it; nats/token
-    publish_not_before: int = Field(4, ge=1)  # steps; the shortest interval with publish_at_kl
-
-    @model_validator(mode="after")
-    def _intervals_fit(self):
-        if self.publish_at_kl is not None and self.publish_not_before > self.publish_every:
-            raise ValueError(
-                f"publish_not_before={self.publish_not_before} is above publish_every={self.publish_every}; lower it"
-            )
-        return self
-
-    @property
-    def shortest_interval(self) -> int:
-        """Steps."""
-        return self.publish_every if self.publish_at_kl is None else self.publish_not_before
-
-
-class NpdConfig(TrainConfig):
-    epochs: int = Field(10, ge=1)  # with stream: passes over data.prompts, every one with fresh answers
-    refresh_after: tuple[int, ...] = (5,)  # new rollouts by the student as it is after these epochs
-    overlap: bool = False  # a set is generated while the set before it trains, by the student at that phase's start
-    stream: StreamConfig | None = None  # in the place of refresh_after and packs_per_step
-    lambda_: float = Field(0.9, ge=0, le=1, alias="lambda")
-    targets: Literal["renormalised", "tail"] = "renormalised"
-
-    def generator_of(self, number: int) -> int:
-        """The weight version that generates set `number` of the schedule without stream."""
-        return max(0, number - self.overlap)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_schedule(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict) or raw.get("stream") is None:
-            return raw
-        for key, unset in (("refresh_after", []), ("packs_per_step", 1), ("overlap", False)):
-            if raw.get(key) not in (None, (), unset):
-                raise ValueError(f"{key} is not for npd.stream, which goes by steps of whole shards; set it to {unset}")
-        return raw | {"refresh_after": ()}
-
-    @model_validator(mode="after")
-    def _refreshes_inside(self):
-        inside = all(0 < epoch < self.epochs for epoch in self.refresh_after)
-        if not inside or list(self.refresh_after) != sorted(set(self.refresh_after)):
-            raise ValueError(
-                f"refresh_after={list(self.refresh_after)} must rise and lie between 1 and epochs-1={self.epochs - 1}"
-            )
-        return self
-
-
-class RolloutConfig(_Section):
+class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     samples_per_prompt: int = Field(1, ge=1)
@@ -248,7 +170,7 @@ class RolloutConfig(_Section):
         return self
 
 
-class FilterConfig(_Section):
+class FilterConfig(Section):
     """Free filters first, then the teacher's; the first that applies is the reason."""
 
     drop_truncated: bool = False
@@ -261,12 +183,12 @@ class FilterConfig(_Section):
     ifd_form: Literal["loss", "perplexity"] = "loss"
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(256, ge=1)
 
 
-class Config(_Section):
+class Config(Section):
     run: RunConfig
     device: DeviceConfig = DeviceConfig()
     kernels: KernelConfig = KernelConfig()
@@ -279,12 +201,13 @@ class Config(_Section):
     rollout: RolloutConfig | None = None
     filters: FilterConfig = FilterConfig()
     npd: NpdConfig | None = None
+    grpo: GrpoConfig | None = None
     evaluate: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _sections_fit(self):
-        if self.sft is None and self.npd is None:
-            raise ValueError("neither sft nor npd is there, so there is nothing to train; add one of them")
+        if not (self.sft or self.npd or self.grpo):
+            raise ValueError("neither sft nor npd nor grpo is there, so there is nothing to train; add one of them")
         if self.sft and self.data.gold is None:
             raise ValueError("sft needs data.gold, prompts with reference answers")
         if self.sft is None and self.student.init == "random":
@@ -301,6 +224,8 @@ class Config(_Section):
             )
         if weights == "device" and self.device.kind == "cpu":
             raise ValueError("rollout.weights=device needs an accelerator, device.kind is cpu; set weights: memory")
+        if self.grpo:
+            self._grpo_fits(self.grpo)
         if self.npd and (self.filters.max_tokens or 0) > self.npd.pack_tokens:
             raise ValueError(
                 f"filters.max_tokens={self.filters.max_tokens} lets through samples that no pack of "
@@ -309,6 +234,23 @@ class Config(_Section):
         if self.filters.tau_mode == "quantile" and (self.filters.tau or 0) > 1:
             raise ValueError(f"filters.tau={self.filters.tau} is no quantile; it must lie between 0 and 1")
         return self
+
+    def _grpo_fits(self, grpo: GrpoConfig) -> None:
+        rollout = self.rollout
+        if rollout is None or self.data.problems is None:
+            raise ValueError("grpo needs rollout and data.problems; add what is missing or remove grpo")
+        if rollout.temperature != 1 or rollout.top_p != 1:
+            raise ValueError(
+                f"rollout.temperature={rollout.temperature} and top_p={rollout.top_p} with grpo, which trains the "
+                f"distribution that was sampled only if both are 1; set them so"
+            )
+        if rollout.batch_size < grpo.group_size:
+            raise ValueError(
+                f"rollout.batch_size={rollout.batch_size} is below grpo.group_size={grpo.group_size}, and a group is "
+                f"generated together; raise the first"
+            )
+        if rollout.weights == "memory":
+            raise ValueError("rollout.weights=memory is not for grpo, whose versions come from disk; set it to disk")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

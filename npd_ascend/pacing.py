@@ -1,4 +1,4 @@
-"""The schedule with npd.stream as arithmetic: which shards a step trains on, and when a shard may be generated.
+"""The schedule of npd.stream and of GRPO as arithmetic: shards of a step, and when a shard may be generated.
 
 Nothing that was generated is thrown away for its age. Instead a shard may only be begun when the step that will train
 on it cannot come later than `max_lag` published versions from now: the generator is paced, by versions.
@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from npd_ascend.config import Config, StreamConfig
-from npd_ascend.prompts import Wanted, wanted_shards
+from npd_ascend.prompts import Wanted, grpo_shards, wanted_shards
 from npd_ascend.tokenizer import ChatTokenizer
 
 
@@ -55,6 +55,15 @@ def open_pacing(config: Config, tokenizer: ChatTokenizer) -> Pacing:
     """The pacing of a run with npd.stream."""
     shards = wanted_shards(config, tokenizer)
     return Pacing(shards, sum(not shard[0][0].heldout for shard in shards), config.npd.stream)
+
+
+def open_grpo_pacing(config: Config, tokenizer: ChatTokenizer) -> Pacing:
+    """The pacing of GRPO, which has no held-out shards."""
+    grpo, shards = config.grpo, grpo_shards(config, tokenizer)
+    stream = StreamConfig(
+        shards_per_step=len(shards) // grpo.steps, max_lag=grpo.max_lag, publish_every=grpo.publish_every
+    )
+    return Pacing(shards, len(shards), stream)
 
 
 def share(shards: Sequence[int], worker: int | None, workers: int) -> list[int]:

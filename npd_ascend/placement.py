@@ -1,7 +1,7 @@
 """Which processes a run has, which of them run side by side, and which cards each of them gets.
 
 Processes of one group run side by side and share no card; the next group begins with the first card again. So with
-npd.stream or npd.overlap trainer, rollouts and teacher split the cards, and in the plain cycle they take turns on them.
+npd.stream, npd.overlap or grpo trainer, rollouts and teacher split the cards; in the plain cycle they take turns.
 """
 
 import sys
@@ -49,13 +49,18 @@ def recipe(config: Config) -> list[list[Process]]:
             groups += [[distill, *rollouts, *scores] for rollouts, scores in sets[1:]] + [[distill]]
         else:
             groups += [group for rollouts, scores in sets for group in (rollouts, scores, [distill])]
+    if config.grpo:
+        # the rewards are computed on the host, beside the trainer
+        reward = Process(name="grpo-reward", arguments=("grpo-reward",), watched=True, cards=0)
+        train = Process(name="grpo", arguments=("grpo",), cards=ranks, watched=True)
+        groups += [[train, *_workers(config, "grpo-rollout"), reward]]
     groups.append([Process(name="eval", arguments=("eval",))])
     return [*groups, [Process(name="report", arguments=("report",), cards=0)]]
 
 
 def _workers(config: Config, role: str, arguments: tuple[str, ...] = ()) -> list[Process]:
     processes = config.processes
-    if role == "rollout":
+    if role.endswith("rollout"):
         count, needs = processes.rollout, processes.rollout_needs
     else:
         count, needs = processes.teacher, processes.teacher_needs
@@ -113,7 +118,7 @@ def listing(config: Config) -> str:
         for process in group:
             words = [f"{key}={value}" for key, value in placed[process.name].items()]
             words += ["npd", *process.command(config)[3:]]
-            more = f"   ({ranks} ranks)" if process.name in ("sft", "distill") and ranks > 1 else ""
+            more = f"   ({ranks} ranks)" if process.name in ("sft", "distill", "grpo") and ranks > 1 else ""
             where = f"   (on a node with {dict(process.needs)})" if config.processes.ray and process.needs else ""
             lines.append(f"   {process.name:<12}{' '.join(words)}{more}{where}")
     return "\n".join(lines)

@@ -15,8 +15,9 @@ from npd_ascend.model.load import choose_kernels
 from npd_ascend.pacing import Pacing, open_pacing
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.placement import check_cards
-from npd_ascend.prompts import read_heldout, wanted_shards
+from npd_ascend.prompts import grpo_shards, read_heldout, wanted_shards
 from npd_ascend.records import Prompt
+from npd_ascend.rewards.functions import check_installed
 from npd_ascend.rollout.vllm_versions import require_vllm
 from npd_ascend.stream import Stream
 from npd_ascend.teacher.check import check_teacher
@@ -31,7 +32,7 @@ _BYTES_PER_TOKEN = 16
 
 def check_run(config: Config) -> str:
     """The plan as text; UserError names the first thing that would fail."""
-    if config.npd and config.rollout.engine == "vllm":
+    if (config.npd or config.grpo) and config.rollout.engine == "vllm":
         require_vllm()
     student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
@@ -55,6 +56,8 @@ def check_run(config: Config) -> str:
         lines.append(f"sft      {len(gold)} gold answers x {config.sft.epochs} epochs")
     if config.npd:
         lines += _npd_lines(config, tokenizer, heldout)
+    if config.grpo:
+        lines.append(_grpo_line(config, tokenizer, heldout))
     lines.append(f"evaluate {len(heldout)} held-out prompts")
     _check_disk(config, student, tokenizer)
     if config.npd and not Stream(config.run.folder / "stream").entries("scores", 0):
@@ -87,6 +90,18 @@ def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) 
         f"at most {config.rollout.max_new_tokens} new tokens"
         for phase in phases(config.npd)
     ]
+
+
+def _grpo_line(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) -> str:
+    check_installed(config.grpo.rewards)
+    grpo, shards = config.grpo, grpo_shards(config, tokenizer)
+    problems = {prompt.prompt_id: prompt for shard in shards for prompt, _ in shard}
+    _check_apart({prompt.token_ids for prompt in problems.values()}, heldout, "data.problems")
+    rewards = " + ".join(f"{weight:g} {name}" for name, weight in grpo.rewards.items())
+    return (
+        f"grpo     {grpo.steps} steps of {grpo.groups_per_step} problems x {grpo.group_size} answers, {len(problems)} "
+        f"problems in all, reward {rewards}; new weights every {grpo.publish_every} steps, lag at most {grpo.max_lag}"
+    )
 
 
 def _stream_line(config: Config, pacing: Pacing) -> str:
@@ -140,6 +155,11 @@ def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer
         sets = 1 if config.npd.stream else len(phases(config.npd))
         versions = config.npd.stream.max_lag + 3 if config.npd.stream else sets
         need += weights * versions + per_set * sets
+    if config.grpo:
+        # versions: the reference, the newest and those that may still be asked for
+        answers = config.grpo.steps * config.grpo.groups_per_step * config.grpo.group_size
+        need += weights * (config.grpo.max_lag + 4) + weights * 3 * 3
+        need += answers * config.rollout.max_new_tokens * _BYTES_PER_TOKEN
     run = config.run.folder
     need -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.exists() else 0
     existing = next(path for path in (config.run.folder, *config.run.folder.parents) if path.exists())

@@ -39,6 +39,31 @@ def wanted_shards(config: Config, tokenizer: ChatTokenizer, number: int = 0) -> 
     return _cut(wanted, size) + _cut(heldout, size)
 
 
+def grpo_shards(config: Config, tokenizer: ChatTokenizer) -> list[list[Wanted]]:
+    """All answers of GRPO, step after step, every step in equally many shards; a group stands together in one shard.
+
+    The problems come in an order of their own in every pass over them, with fresh answers.
+    """
+    grpo, room = config.grpo, max_prompt_tokens(config, config.rollout.max_new_tokens)
+    problems = read_prompts(config.data, "problems", tokenizer, max_prompt_tokens=room)
+    needs_reference = grpo.rewards.keys() & {"exact_match", "math_verify"}
+    if needs_reference and (bare := [problem for problem in problems if problem.answer is None]):
+        raise UserError(
+            f"data.problems: {bare[0].prompt_id} has no answer, which grpo.rewards.{min(needs_reference)} needs"
+        )
+    groups: list[tuple[Prompt, int]] = []  # with the pass that it belongs to
+    wanted = grpo.steps * grpo.groups_per_step
+    for number in range(-(-wanted // len(problems))):
+        order = np.random.Generator(np.random.PCG64([config.run.seed, number])).permutation(len(problems))
+        groups += [(problems[at], number) for at in order.tolist()]
+    per_shard, shards = config.rollout.batch_size // grpo.group_size, []
+    for start in range(0, wanted, grpo.groups_per_step):
+        step = groups[start : start + grpo.groups_per_step]
+        for part in (step[at : at + per_shard] for at in range(0, len(step), per_shard)):
+            shards.append([(p, number * grpo.group_size + i) for p, number in part for i in range(grpo.group_size)])
+    return shards
+
+
 def _cut(wanted: list[Wanted], size: int) -> list[list[Wanted]]:
     return [wanted[at : at + size] for at in range(0, len(wanted), size)]
 
@@ -56,7 +81,7 @@ def max_prompt_tokens(config: Config, max_new_tokens: int) -> int:
 
 def read_prompts(
     data: DataConfig,
-    role: Literal["gold", "prompts", "heldout"],
+    role: Literal["gold", "prompts", "problems", "heldout"],
     tokenizer: ChatTokenizer,
     *,
     max_prompt_tokens: int,

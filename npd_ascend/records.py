@@ -96,14 +96,30 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """What one rollout of GRPO is worth, or why that is not known."""
+
+    sample_id: str
+    weight_version: int
+    reward: float | None  # None where a reward function failed
+    why: str  # empty, or how it failed: "timeout: ..." or "raised: ..."
+
+    def __post_init__(self) -> None:
+        if (self.reward is None) != bool(self.why):
+            raise ValueError(f"{self.sample_id}: reward {self.reward} and reason {self.why!r}; want one of the two")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One row of training data: tokens and, for NPD, the teacher's top-k on the answer."""
+    """One row of training data: tokens and, for NPD, the teacher's top-k on the answer; for GRPO its advantage."""
 
     sample_id: str
     token_ids: tuple[int, ...]
     prompt_len: int
     teacher_topk_ids: np.ndarray | None = None  # int32 [A, K]
     teacher_topk_logprobs: np.ndarray | None = None  # float32 [A, K]
+    advantage: float | None = None  # of the whole answer
+    generator_logprobs: np.ndarray | None = None  # float32 [A], nats, as the rollout was recorded
 
     @property
     def answer_len(self) -> int:

@@ -25,13 +25,16 @@ _log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Paths and handles of one run. The layout is a contract; other tools read it."""
+    """Paths and handles of one run. The layout is a contract; other tools read it.
 
-    def __init__(self, config: Config):
-        self.config, self.path = config, config.run.folder
-        self.stream = Stream(self.path / "stream")
-        self.packs = self.path / "stream" / "packs.jsonl"
-        self.weights: WeightChannel = DiskChannel(self.path / "weights")
+    part: "" or "grpo", which has a stream and weight versions of its own, so that a number means one thing.
+    """
+
+    def __init__(self, config: Config, part: str = ""):
+        self.config, self.path, self._part = config, config.run.folder, part
+        self.stream = Stream(self.path / part / "stream")
+        self.packs = self.path / part / "stream" / "packs.jsonl"
+        self.weights: WeightChannel = DiskChannel(self.path / part / "weights")
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
         self.logs = self.path / "logs"
@@ -44,15 +47,38 @@ class RunFolder:
         return Heartbeat(self.logs / f"{name}.beat")
 
     def needs_npd(self) -> None:
-        """UserError for a run that only does SFT."""
+        """UserError for a run without NPD."""
         if self.config.npd is None:
             raise UserError(f"{self.path}/config.yaml: no npd section, so there is nothing to roll out or to distil")
 
+    def for_grpo(self) -> "RunFolder":
+        """The same run with the stream and the weight versions of GRPO; UserError for a run without it."""
+        if self.config.grpo is None:
+            raise UserError(f"{self.path}/config.yaml: no grpo section, so there are no problems to answer")
+        return RunFolder(self.config, "grpo")
+
     def generator(self, version: int) -> Path:
-        """Folder with the weights that sample `version`; version 0 of a run without SFT is the student as given."""
-        if version == 0 and self.config.sft is None:
+        """Folder with the weights that sample `version`; version 0 is the student as given if nothing trained it."""
+        trained_before = self.config.sft or (self._part == "grpo" and self.config.npd)
+        if version == 0 and not trained_before:
             return self.config.student.path
         return self.weights.fetch(version)
+
+    def after(self, stage: str) -> "RunFolder | None":
+        """The part of the run whose version 0 is the student after `stage`; None if that is RUN/student."""
+        if stage == "sft" and self.config.npd:
+            return RunFolder(self.config)
+        return self.for_grpo() if stage != "grpo" and self.config.grpo else None
+
+    def has_trained(self, stage: str) -> bool:
+        """Whether sft, npd or grpo has come to its end."""
+        following = self.after(stage)
+        return 0 in following.weights.versions() if following else self.student.exists()
+
+    def trained(self, stage: str) -> Path:
+        """The folder of the student after sft, npd or grpo, its checksum compared where it is a weight version."""
+        following = self.after(stage)
+        return following.weights.fetch(0) if following else self.student
 
 
 def worker_name(name: str, worker: int | None) -> str:

@@ -35,7 +35,7 @@ def test_overrides_are_typed():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("npd.epoch=3", "unknown key npd.epoch; known keys there: epochs,"),
+        ("npd.epoch=3", "unknown key npd.epoch; known keys there: pack_tokens,"),
         ("npd.optimizer.lrr=3", "unknown key npd.optimizer.lrr; known keys there: lr,"),
         ("data.gold.digits=3", "unknown key data.gold.addition.digits; known keys there: kind, first, count"),
         ("nonsense.key=3", "unknown key nonsense; known keys there: run,"),

@@ -22,7 +22,7 @@ from npd_ascend.trainer.student import start_student
 def run_evaluations(run: RunFolder) -> dict[str, dict]:
     """Evaluate every model of the run that is there and not yet evaluated; returns RUN/evaluations.json.
 
-    Names: start, sft, npd, teacher. Without reference answers in data.heldout there is nothing to match
+    Names: start, sft, npd, grpo, teacher. Without reference answers in data.heldout there is nothing to match
     and the file is an empty object.
     """
     done = json.loads(run.evaluations.read_text()) if run.evaluations.exists() else {}
@@ -43,9 +43,8 @@ def run_evaluations(run: RunFolder) -> dict[str, dict]:
 def models(run: RunFolder) -> list[str]:
     """Those that exist by now."""
     config, names = run.config, ["start"]
-    sft_done = (0 in run.weights.versions()) if config.npd else run.student.exists()
-    names += ["sft"] if config.sft and sft_done else []
-    names += ["npd"] if config.npd and run.student.exists() else []
+    stages = {"sft": config.sft, "npd": config.npd, "grpo": config.grpo}
+    names += [name for name, section in stages.items() if section and run.has_trained(name)]
     names += ["teacher"] if config.teacher and config.teacher.engine == "local" else []
     return names
 
@@ -80,11 +79,9 @@ def _folder(run: RunFolder, name: str, scratch: Path) -> Path:
     if name == "start" and run.config.student.init == "random":
         save_decoder(start_student(run.config), run.config.student.path, scratch)
         return scratch
-    if name == "sft" and run.config.npd:
-        return run.weights.fetch(0)
     if name == "teacher":
         return run.config.teacher.path
-    return run.config.student.path if name == "start" else run.student
+    return run.config.student.path if name == "start" else run.trained(name)
 
 
 def _save(run: RunFolder, evaluations: dict) -> None:

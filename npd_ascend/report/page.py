@@ -20,7 +20,7 @@ SHOWN_TOKENS = 80  # of an answer
 SHOWN_CHARACTERS = 1500  # of a prompt
 SHOWN_VERSIONS = 4
 FULL_COLOUR_NATS = 5.0  # |teacher - student| from which on a token has the full colour
-MODEL_NAMES = {"start": "start", "sft": "after SFT", "npd": "after NPD", "teacher": "teacher"}
+MODEL_NAMES = {"start": "start", "sft": "after SFT", "npd": "after NPD", "grpo": "after GRPO", "teacher": "teacher"}
 # throughput metric -> what it counts
 _RATES = {
     "rollout/tokens_per_s": "answer tokens generated, per shard",
@@ -60,13 +60,12 @@ def render_page(
 def _verdict(models: Sequence[str], summary: dict) -> str:
     """One line: what training changed, or what is still to be done."""
     scores, kl = summary["scores"], summary["heldout_kl"]
-    after = "npd" if "npd" in models else "sft"
-    before = "sft" if after == "npd" and "sft" in models else "start"
+    before, after = ["start", *(name for name in models if name not in ("start", "teacher"))][-2:]
     if scores[after] is not None and scores[before] is not None:
         line = f"Exact match {scores[before]:.3f} → {scores[after]:.3f} by {after.upper()}"
         return f"{line}; the teacher has {scores['teacher']:.3f}." if scores["teacher"] is not None else f"{line}."
     steps = summary["steps"][after]
-    if kl["first"] is not None and steps:
+    if after == "npd" and kl["first"] is not None and steps:
         return f"Held-out KL to the teacher {kl['first']:.3f} → {kl['last']:.3f} nats/token after {steps} NPD steps."
     return f"{after.upper()} has trained {steps:,} steps; nothing is evaluated yet." if steps else "Not trained yet."
 
@@ -109,7 +108,27 @@ def _curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
         kl_note = "KL(teacher ‖ student) on held-out rollouts of version 0, teacher's top-k"
         curves.append({"title": "Distance to the teacher", "note": kl_note, "figure": kl, "command": "distill"})
         curves += _stream_curves(run, rows) if config.npd.stream else [_drift_curve(rows, refreshes)]
-    return curves
+    return curves + (_grpo_curves(rows) if config.grpo else [])
+
+
+def _grpo_curves(rows: Sequence[Mapping]) -> list[dict]:
+    table = (
+        ("Reward", "grpo/reward", "reward", "mean over the answers of a step"),
+        ("Groups without signal", "grpo/no_signal", "share", "one and the same reward in the group: not trained on"),
+        ("Answer length", "grpo/answer_tokens", "tokens", "mean over the answers of a step"),
+        ("Entropy", "grpo/entropy", "nats/token", "estimated: mean −log p of the sampled tokens that are trained on"),
+        ("Clipped tokens", "grpo/clipped", "share", "tokens whose ratio to the generator left the clip range"),
+        (
+            "Distance to the start of GRPO",
+            "grpo/kl",
+            "nats/token",
+            "KL(current ‖ start), estimator k3; measured where kl_weight > 0",
+        ),
+    )
+    return [
+        {"title": title, "note": note, "figure": plots.step_curve(rows, name, unit, stage="grpo"), "command": "grpo"}
+        for title, name, unit, note in table
+    ]
 
 
 def _drift_curve(rows: Sequence[Mapping], refreshes: Sequence[int]) -> dict:
@@ -134,7 +153,9 @@ def _stream_curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
 
 def _published_steps(rows: Sequence[Mapping]) -> dict[int, int]:
     """Weight version -> steps that were done."""
-    return {int(row["publish/version"]): row["step"] for row in rows if "publish/version" in row}
+    return {
+        int(row["publish/version"]): row["step"] for row in rows if row["stage"] == "npd" and "publish/version" in row
+    }
 
 
 def _npd_objective(npd) -> str:

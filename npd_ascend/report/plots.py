@@ -103,10 +103,16 @@ def heldout_curve(
 
 
 def step_curve(
-    rows: Sequence[Mapping], name: str, unit: str, *, published: Sequence[float] = (), limit: float | None = None
+    rows: Sequence[Mapping],
+    name: str,
+    unit: str,
+    *,
+    stage: str = "npd",
+    published: Sequence[float] = (),
+    limit: float | None = None,
 ) -> Markup | None:
-    """A metric over the steps of NPD, a dotted line at every publication. None if it was never measured."""
-    measured = sorted((row["step"], row[name]) for row in _with(rows, "npd", name))
+    """A metric over the steps of a stage, a dotted line at every publication. None if it was never measured."""
+    measured = sorted((row["step"], row[name]) for row in _with(rows, stage, name))
     if not measured:
         return None
     step, value = zip(*measured, strict=True)

@@ -15,9 +15,9 @@ from npd_ascend.report.page import render_page
 from npd_ascend.report.versions import Version, read_versions
 from npd_ascend.runfolder import RunFolder
 
-MODELS = ("start", "sft", "npd", "teacher")
+MODELS = ("start", "sft", "npd", "grpo", "teacher")
 _DRIFT = ("heldout/drift", "train/drift")  # on held-out rollouts, or with npd.stream on those that are trained on
-TRAINED = ("sft", "npd")  # stages that train
+TRAINED = ("sft", "npd", "grpo")  # stages that train
 
 
 def write_report(run: RunFolder) -> None:
@@ -46,6 +46,7 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "scores": {name: evaluations.get(name, {}).get("exact_match") for name in MODELS},
         "standard_error": {name: evaluations.get(name, {}).get("standard_error") for name in MODELS},
         "heldout_kl": {"first": kl[0] if kl else None, "last": kl[-1] if kl else None},
+        "grpo": grpo_ends(rows),
         "drift_max": max((row[name] for row in rows for name in _DRIFT if name in row), default=None),
         "processes": busy_shares(rows),
         "kept_share": kept_share(versions),
@@ -61,6 +62,16 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "seconds_total": seconds_in_all(run),
         "pack_fill": {stage: _last(rows, stage, "pack/fill") for stage in TRAINED},
     }
+
+
+def grpo_ends(rows: Sequence[Mapping]) -> dict[str, dict[str, float]] | None:
+    """GRPO metric -> mean over the "first" and over the "last" tenth of its steps; None if there is none."""
+    found = {}
+    for name in sorted({name for row in rows for name in row if name.startswith("grpo/")}):
+        values = [row[name] for row in sorted(rows, key=lambda row: row["step"]) if name in row]
+        size = max(1, len(values) // 10)
+        found[name.removeprefix("grpo/")] = {"first": sum(values[:size]) / size, "last": sum(values[-size:]) / size}
+    return found or None
 
 
 def kept_share(versions: Sequence[Version]) -> float | None:
@@ -117,13 +128,20 @@ def terminal_table(config: Config, summary: dict) -> str:
         change = f"{kl['first']:.3f} -> {kl['last']:.3f} nats/token" if kl["first"] is not None else "-"
         kept = f"{share:.1%} of the training rollouts" if share is not None else "-"
         facts = {"held-out KL to teacher": change, "rollouts kept": kept} | facts
+    if grpo := summary["grpo"]:
+        changes = {"mean reward": "reward", "groups without signal": "no_signal", "answers not judged": "failed"}
+        facts |= {label: _change(grpo[name]) for label, name in changes.items() if name in grpo}
     lines += ["", *(f"{name:<24}{value}" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
 
 
+def _change(ends: dict[str, float]) -> str:
+    return f"{ends['first']:.3f} -> {ends['last']:.3f}"
+
+
 def expected_models(config: Config) -> list[str]:
     """Those that this run has when it is complete."""
-    there = {"start": True, "sft": config.sft, "npd": config.npd}
+    there = {"start": True, "sft": config.sft, "npd": config.npd, "grpo": config.grpo}
     there["teacher"] = config.teacher and config.teacher.engine == "local"  # a served one only reads
     return [name for name in MODELS if there[name]]
 

@@ -11,7 +11,7 @@ from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, collective_backend, open_device
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
-from npd_ascend.pacing import Pacing, left_of, open_pacing, share
+from npd_ascend.pacing import Pacing, left_of, open_grpo_pacing, open_pacing, share
 from npd_ascend.progress import progress
 from npd_ascend.prompts import Wanted, wanted_shards
 from npd_ascend.records import Rollout, sample_id
@@ -53,14 +53,23 @@ def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
     """The schedule with npd.stream: every missing shard, each with the newest weights as soon as it may begin."""
     run.needs_npd()
     tokenizer = ChatTokenizer(run.config.student.path)
-    pacing = open_pacing(run.config, tokenizer)
+    _make_live(run, worker, tokenizer, open_pacing(run.config, tokenizer), "rollout")
+
+
+def run_grpo_rollouts(run: RunFolder, worker: int | None) -> None:
+    """The same for GRPO: the groups of a step as soon as the weights are there that may answer them."""
+    part, tokenizer = run.for_grpo(), ChatTokenizer(run.config.student.path)
+    _make_live(part, worker, tokenizer, open_grpo_pacing(run.config, tokenizer), "grpo-rollout")
+
+
+def _make_live(run: RunFolder, worker: int | None, tokenizer: ChatTokenizer, pacing: Pacing, name: str) -> None:
     mine = share(pacing.order, worker, run.config.processes.rollout)
     missing, total, done = left_of(mine, run.stream.shards("rollouts"), pacing.shards)
     if not missing:
         return
     with (
-        open_maker(run, tokenizer, pacing.shards, "rollout", worker) as maker,
-        progress("rollout", total, "samples", done) as bar,
+        open_maker(run, tokenizer, pacing.shards, name, worker) as maker,
+        progress(name, total, "samples", done) as bar,
     ):
         _load_newest(run, maker)  # before there is anything to wait for
         for shard in missing:

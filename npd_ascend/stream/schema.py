@@ -6,10 +6,10 @@ from dataclasses import fields
 import numpy as np
 import pyarrow as pa
 
-from npd_ascend.records import Decision, Rollout, Score
+from npd_ascend.records import Decision, Reward, Rollout, Score
 
 _FLOATS = pa.list_(pa.float32())
-RECORDS = {"rollouts": Rollout, "scores": Score, "decisions": Decision}
+RECORDS = {"rollouts": Rollout, "scores": Score, "decisions": Decision, "rewards": Reward}
 _TYPES = {
     "token_ids": pa.list_(pa.int32()),
     "logprobs": _FLOATS,
@@ -22,6 +22,7 @@ _TYPES = {
     "prompt_id": pa.string(),
     "finish_reason": pa.string(),
     "reason": pa.string(),
+    "why": pa.string(),
 }
 _TOPK = ("teacher_topk_ids", "teacher_topk_logprobs")  # list<fixed_size_list<K>>; every other column is a double
 

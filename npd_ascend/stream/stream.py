@@ -21,7 +21,7 @@ from npd_ascend.stream.schema import from_table, to_table
 class Entry:
     """One manifest line: shard `shard` of `kind` made with weights `version`."""
 
-    kind: str  # rollouts, scores, decisions
+    kind: str  # rollouts, scores, decisions; rewards of GRPO
     version: int
     shard: int
     rows: int
@@ -104,14 +104,14 @@ class Stream:
 def read_table(run: Path) -> pa.Table:
     """Everything in RUN/stream as one table, a row per rollout; what no later stage has made is null.
 
-    For notebooks: rollouts joined with scores and decisions on sample_id.
+    For notebooks: rollouts joined with scores and decisions on sample_id; of RUN/grpo, with rewards.
     """
     stream = Stream(Path(run) / "stream")
     joined = _whole_table(stream, "rollouts")
     if joined is None:
         raise UserError(f"{run}/stream: no rollouts; run `npd rollout --run {run}` first")
     wanted = joined["sample_id"].to_pylist()
-    for kind in ("scores", "decisions"):
+    for kind in ("scores", "decisions", "rewards"):
         table = _whole_table(stream, kind)
         if table is None:
             continue

@@ -1,4 +1,4 @@
-"""NPD with npd.stream: a step trains on the next shards as soon as they are decided, beside who makes them.
+"""NPD with npd.stream, and GRPO: a step trains on the next shards as soon as they are decided, beside who makes them.
 
 Steps take shards in order, so what a step trains on does not depend on who was faster; it is written to
 RUN/stream/packs.jsonl before it is used. The student is a function of the stream: trained again from the same shards,
@@ -10,14 +10,17 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
+from npd_ascend.config import StageConfig
 from npd_ascend.device import DTYPES
 from npd_ascend.durable import append_line
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
-from npd_ascend.pacing import open_pacing
+from npd_ascend.model.decoder import Decoder
+from npd_ascend.pacing import Pacing, open_pacing
 from npd_ascend.packing import pack_fill, pack_samples
 from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.progress import progress
@@ -26,11 +29,10 @@ from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.heldout import Heldout, drift_sum, make_generated
 from npd_ascend.trainer.loop import Training
-from npd_ascend.trainer.objectives import npd_objective
+from npd_ascend.trainer.objectives import Objective, npd_objective
 from npd_ascend.trainer.samples import heldout_in_shards, kept_in_shards
-from npd_ascend.trainer.student import load_student, open_metrics, publish
+from npd_ascend.trainer.student import hand_on, load_student, open_metrics, publish
 from npd_ascend.weights.control import SILENCE_S
-from npd_ascend.weights.disk import export
 from npd_ascend.weights.sender import WeightSender, open_sender
 
 # how long rank 0 waits for shards before it tells the other ranks, whose patience with it is parallel.timeout_s
@@ -40,16 +42,42 @@ _log = logging.getLogger(__name__)
 
 def train_live(run: RunFolder, mesh: Mesh) -> None:
     """Train every step, publish on the way, export after the last. Called by all ranks."""
-    if run.student.exists():
+    if run.has_trained("npd"):
         return
     with open_metrics(run, "npd", mesh) as metrics:
-        trainer = LiveTrainer(run, mesh, metrics)
+        trainer = LiveTrainer(run, npd_stage(run), mesh, metrics)
         trainer.resume()
         with _sending(run, mesh, trainer.device) as trainer.sender:
             if trainer.cursor["step"] == trainer.cursor["published_at"]:  # else the weights have moved on
                 trainer.offer()
-            _train_all(trainer, mesh)
+            train_all(trainer, mesh)
         trainer.finish()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveStage:
+    """What NPD with npd.stream and GRPO do in their own way."""
+
+    name: str  # of its section, checkpoints and metrics
+    command: str
+    awaited: str  # kind of shard that ends the way of a sample to the trainer
+    config: StageConfig
+    objective: Objective
+    pacing: Pacing
+    epochs: float  # over the whole stage
+
+
+def npd_stage(run: RunFolder) -> LiveStage:
+    config = run.config
+    return LiveStage(
+        name="npd",
+        command="distill",
+        awaited="decisions",
+        config=config.npd,
+        objective=npd_objective(config),
+        pacing=open_pacing(config, ChatTokenizer(config.student.path)),
+        epochs=config.npd.epochs,
+    )
 
 
 @contextmanager
@@ -64,9 +92,10 @@ def _sending(run: RunFolder, mesh: Mesh, model_device: torch.device) -> Iterator
         yield sender
 
 
-def _train_all(trainer: "LiveTrainer", mesh: Mesh) -> None:
+def train_all(trainer: "LiveTrainer", mesh: Mesh) -> None:
+    """Every step that is left, with a bar."""
     steps = trainer.pacing.steps
-    with progress("npd", steps, "steps", trainer.cursor["step"], shown=mesh.rank == 0) as bar:
+    with progress(trainer.stage.name, steps, "steps", trainer.cursor["step"], shown=mesh.rank == 0) as bar:
         while trainer.cursor["step"] < steps:
             waited = trainer.wait()
             loss = trainer.step(waited)
@@ -82,17 +111,24 @@ class LiveTrainer:
     updates: steps that changed the weights; one whose samples were all dropped does not.
     """
 
-    def __init__(self, run: RunFolder, mesh: Mesh, metrics: MetricsLog | None):
-        config = run.config
-        self._run, self._mesh = run, mesh
-        self.pacing = open_pacing(config, ChatTokenizer(config.student.path))
-        self._model = load_student(config, run.generator(0), mesh)
-        checkpoints = run.checkpoints / "npd"
-        self._training = Training(self._model, npd_objective(config), config.npd, mesh, checkpoints, metrics)
+    def __init__(
+        self,
+        run: RunFolder,
+        stage: LiveStage,
+        mesh: Mesh,
+        metrics: MetricsLog | None,
+        reference: Decoder | None = None,
+    ):
+        self._run, self._mesh, self.stage, self.pacing = run, mesh, stage, stage.pacing
+        self._model = load_student(run.config, run.generator(0), mesh)
+        checkpoints = run.checkpoints / stage.name
+        self._training = Training(
+            self._model, stage.objective, stage.config, mesh, checkpoints, metrics, reference=reference
+        )
         self.cursor = {"step": 0, "updates": 0, "version": 0, "published_at": 0}
         self._heldout: Heldout | None = None
         self.sender: WeightSender | None = None
-        self._heartbeat = run.heartbeat("distill") if mesh.rank == 0 else None
+        self._heartbeat = run.heartbeat(stage.command) if mesh.rank == 0 else None
         self._written = _written_packs(run)
 
     @property
@@ -117,31 +153,32 @@ class LiveTrainer:
         while not ready:
             ready = self._decided(shards)
             if self._heartbeat and not ready:
-                what = f"decisions on shards {shards[0]} to {shards[-1]}"
+                what = f"{self.stage.awaited} of shards {shards[0]} to {shards[-1]}"
                 waited += self._heartbeat.wait(lambda: self._decided(shards), what, at_most_s=_TURN_S)
                 ready = self._decided(shards)
             ready = self._mesh.from_first(ready)
         return self._mesh.from_first(waited)
 
     def _decided(self, shards: Sequence[int]) -> bool:
-        return self._run.stream.shards("decisions").keys() >= set(shards)
+        return self._run.stream.shards(self.stage.awaited).keys() >= set(shards)
 
     def step(self, waited: float) -> float:
         """Train on the next shards, publish if it is time, keep a checkpoint; returns the loss, NaN without samples."""
-        config, step = self._run.config.npd, self.cursor["step"]
-        rows = kept_in_shards(self._run, self.pacing.shards_of(step))
+        config, step = self.stage.config, self.cursor["step"]
+        rows = self._rows(step)
         if step == 0:
             self._measure_heldout()
         drift = self._drift([rollout for rollout, _ in rows])
         loss = float("nan")
         if packs := self._packs(step, [sample for _, sample in rows]):
             lags = [self.cursor["version"] - rollout.weight_version for rollout, _ in rows]
-            done_epochs = step / self.pacing.steps * config.epochs
+            done_epochs = step / self.pacing.steps * self.stage.epochs
             tokens = sum(len(sample.token_ids) for pack in packs for sample in pack)
             loss = self._training.step(
                 packs,
                 step,
-                done_epochs,
+                done_epochs / self.stage.epochs,
+                train__epoch=done_epochs,
                 train__wait_s=waited,
                 train__lag=sum(lags) / len(lags),
                 train__lag_max=max(lags),
@@ -166,13 +203,17 @@ class LiveTrainer:
         if not checkpoints.holds(self.cursor["step"]):  # it may be its turn, or a killed process has come as far
             self._training.checkpoint(self.cursor)
             checkpoints.wait()
-        export(self._run.student, self._model, self._run.config.student.path, self._mesh)
+        hand_on(self._run, self.stage.name, self._model, self._mesh)
+
+    def _rows(self, step: int) -> list[tuple[Rollout, Sample]]:
+        """What the step trains on."""
+        return kept_in_shards(self._run, self.pacing.shards_of(step))
 
     def _packs(self, step: int, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Of all ranks, as they stand in packs.jsonl or as they are written there now."""
         by_id = {sample.sample_id: sample for sample in samples}
         lengths = {name: len(sample.token_ids) for name, sample in by_id.items()}
-        packs = pack_samples(lengths, self._run.config.npd.pack_tokens)
+        packs = pack_samples(lengths, self.stage.config.pack_tokens)
         if step not in self._written:
             if self._mesh.rank == 0:
                 append_line(self._run.packs, json.dumps({"step": step, "packs": packs}))
@@ -190,7 +231,7 @@ class LiveTrainer:
             return None
         batches = make_generated(
             rollouts,
-            pack_tokens=self._run.config.npd.pack_tokens,
+            pack_tokens=self.stage.config.pack_tokens,
             device=self.device,
             multiple_of=self._mesh.row_multiple,
         )[: self._mesh.dp]  # one pack a replica is enough to know
@@ -229,13 +270,14 @@ class LiveTrainer:
             return
         publish(self._run, version, self._model, self._mesh, step=self.cursor["published_at"])
         if self._mesh.rank == 0:
-            # nothing that is generated or not yet scored is older than max_lag; version 0 is evaluated in the end
-            self._run.weights.drop_between(1, version - self.pacing.stream.max_lag)
+            # nothing that is generated or not yet scored is older than max_lag, and a worker that starts may be loading
+            # the version before the newest; version 0 is evaluated in the end
+            self._run.weights.drop_between(1, version - max(1, self.pacing.stream.max_lag))
 
     def _measure_heldout(self) -> None:
         if self._heldout is None:
             self._heldout = heldout_in_shards(self._run, self.pacing.heldout, self._mesh)
-        epoch = self.cursor["step"] / self.pacing.steps * self._run.config.npd.epochs
+        epoch = self.cursor["step"] / self.pacing.steps * self.stage.epochs
         measured = self._heldout.measure(self._model, self._mesh)
         self._training.log(self.cursor["step"], train__epoch=epoch, **measured)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from npd_ascend.checkpoint import Checkpoints
-from npd_ascend.config import TrainConfig
+from npd_ascend.config import StageConfig, TrainConfig
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.model.decoder import Decoder
@@ -22,7 +22,7 @@ from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.progress import progress
 from npd_ascend.records import Sample
 from npd_ascend.trainer.heldout import Heldout
-from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
+from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum, with_reference
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.schedule import learning_rate
 from npd_ascend.trainer.step import train_step
@@ -76,7 +76,8 @@ def fit(
             for at in range(cursor["step_in_epoch"], steps_per_epoch):
                 chosen = order[at * config.packs_per_step :][: config.packs_per_step]
                 done_epochs = cursor["epoch"] + at / steps_per_epoch
-                loss = training.step([packs[i] for i in chosen], cursor["step"], done_epochs)
+                done_share = done_epochs / config.epochs
+                loss = training.step([packs[i] for i in chosen], cursor["step"], done_share, train__epoch=done_epochs)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 cursor |= {"step_in_epoch": at + 1, "step": cursor["step"] + 1}
@@ -90,17 +91,19 @@ def fit(
 
 
 class Training:
-    """What a step needs beside its packs. metrics: None on ranks that do not log."""
+    """What a step needs beside its packs. metrics: None on ranks that do not log; reference: for GRPO's KL."""
 
     def __init__(
         self,
         model: Decoder,
         objective: Objective,
-        config: TrainConfig,
+        config: StageConfig,
         mesh: Mesh,
         checkpoints: Path,
         metrics: MetricsLog | None,
+        reference: Decoder | None = None,
     ):
+        self.reference = reference
         self.model, self.objective, self.config, self.mesh, self.metrics = model, objective, config, mesh, metrics
         self.optimizer = MasterAdamW(model, config.optimizer, mesh)
         self.checkpoints = Checkpoints(checkpoints, mesh)
@@ -124,16 +127,22 @@ class Training:
     def checkpoint(self, cursor: dict[str, int]) -> None:
         self.checkpoints.save(dict(cursor), self.optimizer.rectangles(copies=False))
 
-    def step(self, packs: Sequence[Sequence[Sample]], step: int, done_epochs: float, **logged: float) -> float:
-        """One optimizer step over `packs`, shared among the data-parallel ranks, logged with `logged`; its loss."""
+    def step(self, packs: Sequence[Sequence[Sample]], step: int, done_share: float, **logged: float) -> float:
+        """One optimizer step over `packs`, shared among the data-parallel ranks, logged with `logged`; its loss.
+
+        done_share: of the stage, 0 to 1, for the learning rate.
+        """
         started = time.perf_counter()
-        lr = learning_rate(done_epochs / self.config.epochs, step, self.config.optimizer)
+        lr = learning_rate(done_share, step, self.config.optimizer)
         device, multiple = self.model.embed.weight.device, self.mesh.row_multiple
         mine = share_packs([self._cost(pack) for pack in packs], self.mesh.dp)[self.mesh.dp_rank]
         every_sample = [sample for pack in packs for sample in pack]
+        batches = [make_batch(packs[i], self.objective, device, multiple) for i in mine]
+        if self.reference:
+            batches = [with_reference(batch, self.reference, self.objective) for batch in batches]
         stats = train_step(
             self.model,
-            [make_batch(packs[i], self.objective, device, multiple) for i in mine],
+            batches,
             self.optimizer,
             self.objective,
             weight_sum=weight_sum(every_sample, self.objective),
@@ -141,16 +150,17 @@ class Training:
             mesh=self.mesh,
         )
         tokens, seconds = sum(len(sample.token_ids) for sample in every_sample), time.perf_counter() - started
+        answer_tokens = tokens - sum(sample.prompt_len for sample in every_sample)
+        logged |= {name: value / answer_tokens for name, value in stats.watched.items()}
         self.log(
             step,
             train__loss=stats.loss,
             train__grad_norm=stats.grad_norm,
             train__lr=lr,
-            train__answer_tokens=tokens - sum(sample.prompt_len for sample in every_sample),
+            train__answer_tokens=answer_tokens,
             train__tokens=tokens,
             train__tokens_per_s=tokens / seconds,
             train__busy_s=seconds,
-            train__epoch=done_epochs,
             **logged,
         )
         return stats.loss

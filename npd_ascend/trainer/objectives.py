@@ -1,4 +1,4 @@
-"""SFT and NPD as targets of one operation, npd_kernels.token_loss.
+"""SFT and NPD as targets of one operation, npd_kernels.token_loss; GRPO (policy_loss.py) on npd_kernels.token_logprobs.
 
 NPD, per answer token with sampled token y and the teacher's top-k set C (NPD paper, its loss equation):
     L = (1-λ)·(-log p_S(y)) + λ·Σ_{c∈C} p_T(c)·(log p_T(c) - log p_S(c))
@@ -11,14 +11,16 @@ Dimensions: A answer tokens of a pack, K = teacher's top-k, S = K + 1 target slo
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from npd_ascend.config import Config
+from npd_ascend.config import Config, GrpoConfig
+from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import PackLayout, lay_out
 from npd_ascend.records import Sample
+from npd_ascend.trainer.policy_loss import PolicyTargets, policy_loss, watched_names
 from npd_kernels.token_loss import VocabShard, token_logprobs, token_loss
 
 # Below this the student's tail mass is rounding noise of 1 - sum(p).
@@ -33,12 +35,23 @@ class Objective:
     targets: str = "renormalised"  # or "tail"
     normalise: str = "token"  # weight of a token: token 1, sample 1/len, sqrt 1/sqrt(len)
     loss_impl: str = "chunked"
+    grpo: GrpoConfig | None = None  # then nothing above but normalise counts
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Metrics whose sums over tokens batch_loss gives beside the loss."""
+        return watched_names(self.grpo) if self.grpo else ()
 
 
 def npd_objective(config: Config) -> Objective:
     """What the npd section asks for."""
     npd = config.npd
     return Objective(lambda_=npd.lambda_, targets=npd.targets, normalise=npd.normalise, loss_impl=config.kernels.loss)
+
+
+def grpo_objective(config: Config) -> Objective:
+    """What the grpo section asks for."""
+    return Objective(normalise=config.grpo.normalise, loss_impl=config.kernels.loss, grpo=config.grpo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,7 @@ class Batch:
     target_ids_AS: torch.Tensor  # int64, slot 0 the given token, then the teacher's top-k
     teacher_probs_AK: torch.Tensor | None  # float32, renormalised or full-vocabulary values
     token_weight_A: torch.Tensor  # float32
+    policy: PolicyTargets | None = None  # of GRPO
 
 
 def weight_sum(samples: Iterable[Sample], objective: Objective) -> float:
@@ -70,7 +84,20 @@ def make_batch(samples: Sequence[Sample], objective: Objective, device: torch.de
         renormalise = objective.targets == "renormalised"
         probs_AK = (logprobs_AK.softmax(-1) if renormalise else logprobs_AK.exp()).to(device)
         ids_AS = torch.cat([ids_AS, topk_ids_AK.to(device)], 1)
-    return Batch(layout, ids_AS, probs_AK, token_weight_A)
+    policy = None
+    if objective.grpo:
+        advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)
+        generator_A = torch.from_numpy(np.concatenate([sample.generator_logprobs for sample in samples]))
+        policy = PolicyTargets(advantages.repeat_interleave(lens).to(device), generator_A.to(device))
+    return Batch(layout, ids_AS, probs_AK, token_weight_A, policy)
+
+
+@torch.no_grad()
+def with_reference(batch: Batch, reference: Decoder, objective: Objective) -> Batch:
+    """The batch with the log-probs that `reference`, a model cut like the student, gives its answers."""
+    hidden_AD = reference(batch.layout.token_ids_T, batch.layout.cu_seqlens)[batch.layout.predict_A]
+    logprobs_A = _given_logprobs(hidden_AD, reference.head_weight_VD, batch, objective, reference.vocab_shard)
+    return replace(batch, policy=replace(batch.policy, reference_logprobs_A=logprobs_A))
 
 
 def batch_loss(
@@ -80,11 +107,17 @@ def batch_loss(
     objective: Objective,
     shard: VocabShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss_sum, loss_A): the weighted sum in nats with gradients, and each token's loss, detached."""
+    """(loss_sum, watched_W): the weighted sum in nats with gradients, and the sums of objective.watched, detached."""
+    if objective.grpo:
+        loss_A, watched_W = policy_loss(
+            _given_logprobs(hidden_AD, weight_VD, batch, objective, shard), batch.policy, objective.grpo
+        )
+        return (batch.token_weight_A * loss_A).sum(), watched_W
+    nothing_W = torch.zeros(0, device=hidden_AD.device)
     if batch.teacher_probs_AK is not None and objective.targets == "tail":
-        return _tail_loss(hidden_AD, weight_VD, batch, objective, shard)
+        return _tail_loss(hidden_AD, weight_VD, batch, objective, shard), nothing_W
     weights_AS, constant_A = soft_target(batch, objective.lambda_)
-    loss_sum, loss_A = token_loss(
+    loss_sum, _ = token_loss(
         hidden_AD,
         weight_VD,
         batch.target_ids_AS,
@@ -93,7 +126,13 @@ def batch_loss(
         shard=shard,
         impl=objective.loss_impl,
     )
-    return loss_sum + (batch.token_weight_A * constant_A).sum(), loss_A + constant_A
+    return loss_sum + (batch.token_weight_A * constant_A).sum(), nothing_W
+
+
+def _given_logprobs(hidden_AD, weight_VD, batch: Batch, objective: Objective, shard: VocabShard | None) -> torch.Tensor:
+    """float32 [A], of the tokens that stand in the answers."""
+    ids_A1 = batch.layout.answer_ids_A[:, None]
+    return token_logprobs(hidden_AD, weight_VD, ids_A1, shard=shard, impl=objective.loss_impl)[:, 0]
 
 
 def soft_target(batch: Batch, lambda_: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +144,7 @@ def soft_target(batch: Batch, lambda_: float) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat([given_A1, lambda_ * batch.teacher_probs_AK], 1), lambda_ * negentropy_A
 
 
-def _tail_loss(hidden_AD, weight_VD, batch: Batch, objective: Objective, shard: VocabShard | None):
+def _tail_loss(hidden_AD, weight_VD, batch: Batch, objective: Objective, shard: VocabShard | None) -> torch.Tensor:
     logprobs_AS = token_logprobs(hidden_AD, weight_VD, batch.target_ids_AS, shard=shard, impl=objective.loss_impl)
     given_A, topk_AK, probs_AK = logprobs_AS[:, 0], logprobs_AS[:, 1:], batch.teacher_probs_AK
     teacher_tail_A = (1 - probs_AK.sum(-1)).clamp(min=0)
@@ -113,4 +152,4 @@ def _tail_loss(hidden_AD, weight_VD, batch: Batch, objective: Objective, shard: 
     kl_A = torch.xlogy(probs_AK, probs_AK).sum(-1) - (probs_AK * topk_AK).sum(-1)
     kl_A = kl_A + torch.xlogy(teacher_tail_A, teacher_tail_A) - teacher_tail_A * student_tail_A.log()
     loss_A = -(1 - objective.lambda_) * given_A + objective.lambda_ * kl_A
-    return (batch.token_weight_A * loss_A).sum(), loss_A.detach()
+    return (batch.token_weight_A * loss_A).sum()

@@ -1,4 +1,4 @@
-"""SFT and NPD as stages of a run: what they train on, from which weights, and what they publish."""
+"""SFT, NPD and GRPO as stages of a run: what they train on, from which weights, and what they publish."""
 
 import itertools
 import logging
@@ -10,12 +10,12 @@ from npd_ascend.model.decoder import Decoder
 from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.grpo import train_grpo
 from npd_ascend.trainer.live import train_live
 from npd_ascend.trainer.loop import fit
 from npd_ascend.trainer.objectives import Objective, npd_objective
 from npd_ascend.trainer.samples import gold_samples, kept_samples, read_heldout_set
-from npd_ascend.trainer.student import load_student, open_metrics, open_ranks, publish, start_student
-from npd_ascend.weights.disk import export
+from npd_ascend.trainer.student import hand_on, load_student, open_metrics, open_ranks, publish, start_student
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def phases(config: NpdConfig) -> list[Phase]:
 
 
 def run_sft(run: RunFolder) -> None:
-    """Train on gold answers; publish weight version 0, or the final student if the run ends here.
+    """Train on gold answers; the student is weight version 0 of what follows, or the final one if the run ends here.
 
-    Called by every rank of the trainer, as run_distill is.
+    Called by every rank of the trainer, as run_distill and run_grpo are.
     """
     with open_ranks(run.config) as mesh:
         _sft(run, mesh)
@@ -49,7 +49,7 @@ def _sft(run: RunFolder, mesh: Mesh) -> None:
     config = run.config
     if config.sft is None:
         raise UserError(f"{run.path}/config.yaml: no sft section, so there is no SFT to run")
-    if 0 in run.weights.versions() or run.student.exists():
+    if run.has_trained("sft") or run.student.exists():
         return
     tokenizer = ChatTokenizer(config.student.path)
     samples = gold_samples(config, tokenizer)
@@ -67,10 +67,7 @@ def _sft(run: RunFolder, mesh: Mesh) -> None:
             checkpoints=run.checkpoints / "sft",
             metrics=metrics,
         )
-    if config.npd:
-        publish(run, 0, model, mesh)
-    else:
-        export(run.student, model, config.student.path, mesh)
+    hand_on(run, "sft", model, mesh)
 
 
 def run_distill(run: RunFolder) -> None:
@@ -83,11 +80,18 @@ def run_distill(run: RunFolder) -> None:
             _distill(run, mesh)
 
 
+def run_grpo(run: RunFolder) -> None:
+    """Train every step of GRPO beside who answers and judges; export after the last."""
+    run.for_grpo()
+    with open_ranks(run.config) as mesh:
+        train_grpo(run, mesh)
+
+
 def _distill(run: RunFolder, mesh: Mesh) -> None:
     config = run.config
     plan = phases(config.npd)
     for phase in plan:
-        finished = run.student.exists() if phase is plan[-1] else phase.number + 1 in run.weights.versions()
+        finished = run.has_trained("npd") if phase is plan[-1] else phase.number + 1 in run.weights.versions()
         if finished:
             continue
         if not run.stream.entries("decisions", phase.number):
@@ -97,7 +101,7 @@ def _distill(run: RunFolder, mesh: Mesh) -> None:
             return
         model = _train_phase(run, phase, mesh)
         if phase is plan[-1]:
-            export(run.student, model, config.student.path, mesh)
+            hand_on(run, "npd", model, mesh)
         else:
             publish(run, phase.number + 1, model, mesh)
         if config.npd.overlap:

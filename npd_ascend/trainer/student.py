@@ -16,6 +16,7 @@ from npd_ascend.prompts import read_heldout
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.canary import make_probes
+from npd_ascend.weights.disk import export
 
 
 def start_student(config: Config, mesh: Mesh = ALONE) -> Decoder:
@@ -58,6 +59,15 @@ def publish(run: RunFolder, version: int, model: Decoder, mesh: Mesh, *, step: i
     prompts = read_heldout(config, ChatTokenizer(config.student.path), config.rollout.max_new_tokens)
     probes = make_probes(model, prompts, config.kernels.loss, mesh)
     run.weights.publish(version, model, config.student.path, probes, mesh, step=step)
+
+
+def hand_on(run: RunFolder, stage: str, model: Decoder, mesh: Mesh) -> None:
+    """The student after `stage`: version 0 of what follows, or RUN/student. Called by all ranks."""
+    following = run.after(stage)
+    if following is None:
+        export(run.student, model, run.config.student.path, mesh)
+    else:
+        publish(following, 0, model, mesh)
 
 
 @contextmanager
