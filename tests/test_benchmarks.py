@@ -47,7 +47,7 @@ def settings_file(tmp_path, questions):
     return write
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("eval_*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("eval/*.yaml")), ids=lambda p: p.name)
 def test_the_configurations_that_come_with_the_project_load(path):
     settings = load_settings(path, [f"model.path={STUDENT}", "run_code_of=[mbpp, humaneval]"])
     assert settings.model.path == STUDENT
