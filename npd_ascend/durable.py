@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,21 @@ def append_line(path: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def only_process(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock on the file; UserError(refusal) if a living process has it. The lock dies with its owner."""
+    with path.open("w") as file:
+        for _ in range(20):  # a killed predecessor may take a moment to be gone
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.25)
+        else:
+            raise UserError(refusal)
+        yield
 
 
 def sha256(path: Path) -> str:

@@ -1,9 +1,7 @@
 """The run folder: where everything lies, whose configuration it is, and who is working on it."""
 
-import fcntl
 import logging
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from npd_ascend.config import Config, dump_config, load_config
-from npd_ascend.durable import commit_file
+from npd_ascend.durable import commit_file, only_process
 from npd_ascend.errors import UserError
 from npd_ascend.heartbeat import Heartbeat
 from npd_ascend.stream import Stream
@@ -133,15 +131,8 @@ def reopen_run(folder: Path) -> RunFolder:
 @contextmanager
 def working_on(run: RunFolder, role: str) -> Iterator[None]:
     """Hold RUN/logs/<role>.lock; UserError if a living process has it. The lock dies with its owner."""
-    with (run.logs / f"{role}.lock").open("w") as file:
-        for _ in range(20):  # a killed predecessor may take a moment to be gone
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.25)
-        else:
-            raise UserError(f"{run.path}: another `npd {role}` is working on this run; wait for it or stop it")
+    refusal = f"{run.path}: another `npd {role}` is working on this run; wait for it or stop it"
+    with only_process(run.logs / f"{role}.lock", refusal):
         yield
 
 

@@ -11,6 +11,7 @@ import yaml
 from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
+from npd_ascend.durable import only_process
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.answers import AnswerFile
 from npd_ascend.evaluate.benchmarks import BENCHMARKS, PUBLISHED
@@ -46,7 +47,7 @@ def settings_file(tmp_path, questions):
     return write
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("eval_*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("eval/*.yaml")), ids=lambda p: p.name)
 def test_the_configurations_that_come_with_the_project_load(path):
     settings = load_settings(path, [f"model.path={STUDENT}", "run_code_of=[mbpp, humaneval]"])
     assert settings.model.path == STUDENT
@@ -198,3 +199,14 @@ def test_published_figures_agree_with_each_other():
     assert 11 * final.average - sum(final.scores.values()) == pytest.approx(362.5, abs=0.1)
     sft, npd = (next(row for row in PUBLISHED if row.name == name) for name in ("SFT", "NPD"))
     assert npd.average - sft.average == pytest.approx(8.09)
+
+
+def test_two_evaluations_do_not_share_a_folder(tmp_path):
+    with (
+        only_process(tmp_path / "eval.lock", "busy"),
+        pytest.raises(UserError, match="busy"),
+        only_process(tmp_path / "eval.lock", "busy"),
+    ):
+        pass
+    with only_process(tmp_path / "eval.lock", "busy"):  # free again
+        pass

@@ -1,1 +1,1 @@
-"""Scores of the student before, between and after, and of the teacher."""
+"""Scores of the student before, between and after, and of the teacher; of any model in public benchmarks."""

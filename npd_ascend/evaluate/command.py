@@ -1,15 +1,11 @@
 """`npd eval --benchmarks`: every benchmark that the settings name, then the table."""
 
-import fcntl
 import json
-import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 from npd_ascend.device import DTYPES, open_device
-from npd_ascend.durable import commit_file, sha256
+from npd_ascend.durable import commit_file, only_process, sha256
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.benchmarks import BENCHMARKS
 from npd_ascend.evaluate.scores import Score, score_of
@@ -20,8 +16,6 @@ from npd_ascend.rollout.engine import Engine
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.tokenizer import ChatTokenizer
 
-_log = logging.getLogger(__name__)
-
 
 def run_benchmarks(path: Path, overrides: list[str]) -> None:
     """Ask what has not been asked yet, then write FOLDER/results.json and results.html and print the table."""
@@ -30,7 +24,8 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
     lm_eval_version = require_lm_eval()
     settings = load_settings(path, overrides)
     settings.folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(settings.folder):
+    refusal = f"{settings.folder}: another `npd eval` is working there; wait for it or set another folder"
+    with only_process(settings.folder / "eval.lock", refusal):
         model = _fingerprint(settings)
         scores: dict[str, Score] = {}
         lm = harness = None
@@ -43,9 +38,12 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
                 lm = lm or _open_model(settings)  # not for a table alone
                 harness = harness or Harness(settings)
                 _pass(harness, lm, name, chosen, sample, place)
-            rows = [json.loads(_rows_file(place, sample).read_text()) for sample in range(chosen.samples)]
+            rows = [
+                json.loads(_rows_file(place, sample).read_text(encoding="utf-8")) for sample in range(chosen.samples)
+            ]
             scores[name] = score_of(rows)
-            _log.info("%s: %.2f", BENCHMARKS[name].title, 100 * scores[name].mean)
+            # the table may be hours away
+            print(f"{BENCHMARKS[name].title}: {100 * scores[name].mean:.2f}", file=sys.stderr)
         write_results(settings, scores, model, lm_eval_version)
         print(terminal_table(settings, scores))
 
@@ -149,18 +147,3 @@ def _difference(was, now) -> str:
         return f"was {was!r}, is {now!r}"
     key = next(key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key))
     return f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """UserError if another living process works there; the lock dies with its owner."""
-    with (folder / "eval.lock").open("w") as file:
-        for _ in range(20):  # a killed predecessor may take a moment to be gone
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.25)
-        else:
-            raise UserError(f"{folder}: another `npd eval` is working there; wait for it or set another folder")
-        yield

@@ -119,7 +119,7 @@ class EngineLM(TemplateLM):
         """Long prompts first, equal ones beside each other; the answers in the order of the questions."""
         order = sorted(range(len(questions)), key=lambda i: (-lengths[i], str(questions[i])))
         answers: list = [None] * len(questions)
-        with progress(f"eval {self._place}", len(questions), "questions") as bar:
+        with progress(f"eval {self._place}", len(questions), "requests") as bar:
             for number, batch in enumerate(self._cut(order)):
                 given = self._answers.batch(kind, number, [questions[i] for i in batch], lambda b=batch: ask(b))  # type: ignore[misc]
                 for i, answer in zip(batch, given, strict=True):

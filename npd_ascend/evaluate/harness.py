@@ -82,9 +82,10 @@ class Harness:
             loaded = self._manager.load([spec])
         except (OSError, ValueError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
             tried = chosen.data or "the hub's data set"
+            also = ", and have the hub's metric code_eval in the cache" if benchmark.runs_code else ""
             raise UserError(
                 f"{place}: {benchmark.title} from {tried} cannot be loaded ({type(error).__name__}: "
-                f"{_line(error)}); set benchmarks.{name}.data to a copy of the data set, see docs/eval.md"
+                f"{_line(error)}); set benchmarks.{name}.data to a copy of the data set{also}, see docs/eval.md"
             ) from None
         return loaded["groups"][f"npd_{name}"]
 
