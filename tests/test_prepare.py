@@ -168,7 +168,7 @@ def test_a_wrong_file_is_named_and_nothing_is_left(tmp_path, content, name, said
 
 
 def test_the_file_that_comes_with_the_project_is_sound():
-    config = load_yaml(PrepareConfig, CONFIGS / "prepare_gsm8k.yaml", ())
+    config = load_yaml(PrepareConfig, CONFIGS / "prepare/gsm8k.yaml", ())
     assert config.evaluation_sets[0].prompt_key == "question"
 
 

@@ -206,7 +206,7 @@ def test_a_sweep_with_a_mistake_does_not_begin(one_set, tmp_path, variants, said
 
 
 def test_the_sweep_that_comes_with_the_project_would_begin(cycle, tmp_path):
-    sweep = load_yaml(SweepConfig, CONFIGS / "addition_sweep.yaml", ())
+    sweep = load_yaml(SweepConfig, CONFIGS / "sweep/addition.yaml", ())
     for overrides in sweep.variants.values():
         plan_replay(cycle, tmp_path / "replay", overrides)
 
