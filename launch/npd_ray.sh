@@ -2,6 +2,8 @@
 # A run over several nodes: Ray places the rollout and teacher workers, the trainer stays on the first node.
 #   bash launch/npd_ray.sh head --config FILE [key=value ...]    on the first node: starts Ray, then the run
 #   bash launch/npd_ray.sh join ADDRESS:PORT                     on every other node, before or while the run runs
+# When the run ends, the first node's Ray is stopped with every other Ray of this user there; keep processes.* of
+# workers to the cards that the trainer leaves (on the first node it takes the first ones).
 # The repository and the run folder must lie at the same paths on all nodes. Ray listens on NPD_RAY_HOST, 127.0.0.1
 # unless it is set, so a second node can only join if you name an address of a network that you trust: whoever reaches
 # Ray's ports can run programs. NPD_RAY_PORT: 6379 unless set. NPD_RAY_NODE: options for `ray start`, for example
@@ -29,7 +31,7 @@ case $role in
       ${NPD_RAY_HOST:+--node-ip-address "$NPD_RAY_HOST"} "${node[@]}"
     ;;
   *)
-    sed -n '2,9p' "$0" >&2
+    sed -n '2,11p' "$0" >&2
     exit 2
     ;;
 esac

@@ -77,6 +77,8 @@ def test_weights_from_device_to_device_want_a_device():
     with pytest.raises(UserError, match=r"weights=device needs an accelerator, device\.kind is cpu; set weights"):
         load_config(ADDITION, settings)
     assert load_config(ADDITION, [*settings, "device.kind=npu"]).rollout.weights == "device"
+    with pytest.raises(UserError, match=r"weights=device is for one host; with processes\.ray set it to disk"):
+        load_config(ADDITION, [*settings, "device.kind=npu", "processes.ray=10.0.0.1:6379"])
 
 
 @pytest.mark.parametrize(
