@@ -223,9 +223,7 @@ class Config(Section):
                 f"rollout.weights={weights} needs npd.stream: no trainer lives beside the rollouts otherwise"
             )
         if weights != "disk" and self.processes.ray:
-            raise ValueError(
-                f"rollout.weights={weights} is for workers on the trainer's host; with processes.ray set disk"
-            )
+            raise ValueError(f"rollout.weights={weights} is for one host; with processes.ray set it to disk")
         if weights == "device" and self.device.kind == "cpu":
             raise ValueError("rollout.weights=device needs an accelerator, device.kind is cpu; set weights: memory")
         if self.grpo:
