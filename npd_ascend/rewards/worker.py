@@ -72,7 +72,7 @@ class Judge:
                 format=self._grpo.format,
             )
         )
-        total = None if values is None else sum(self._grpo.rewards[name] * value for name, value in values.items())
+        total = None if values is None else sum(weight * values[name] for name, weight in self._grpo.rewards.items())
         return Reward(sample_id=rollout.sample_id, weight_version=rollout.weight_version, reward=total, why=why)
 
     def check_first(self, rewards: list[Reward]) -> None:
