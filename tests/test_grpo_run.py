@@ -160,3 +160,15 @@ def test_rewards_that_never_work_stop_the_run(tmp_path):
     with pytest.raises(UserError, match=r"no reward is known of the first 4 answers .raised: no.; mend data.problems"):
         judge.check_first(failed)
     judge.close()
+
+
+@pytest.mark.slow
+def test_the_reward_rises(tmp_path):
+    """64 sums again and again, right answers rewarded: the mean reward rises by 0.1 and more."""
+    few = ["data.problems.count=64", "grpo.steps=12", "grpo.optimizer.lr=1e-3", "data.heldout.count=60"]
+    more = [*few, f"run.folder={tmp_path}/run"]
+    command = [sys.executable, "-m", "npd_ascend", "run", "--config", str(CONFIG), *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rewards = [row["grpo/reward"] for row in read_metrics(tmp_path / "run") if "grpo/reward" in row]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.1
