@@ -65,10 +65,6 @@ class Checkpoints:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def holds(self, step: int) -> bool:
-        """Whether that step is saved; called by all ranks when nothing is being written."""
-        return self._mesh.from_first((self.folder / _name(step)).exists())
-
     def load(self, rectangles: Iterable[Rectangle]) -> dict[str, int] | None:
         """Fill the rectangles from the newest checkpoint that is intact; its cursor, None if there is none.
 
@@ -97,7 +93,7 @@ class Checkpoints:
         return cursor
 
     def _write(self, cursor: dict[str, int], chunks: list[Rectangle]) -> None:
-        path = self.folder / _name(cursor["step"])
+        path = self.folder / f"step-{cursor['step']:08d}"
         first = self._mesh.rank == 0
         with commit_folder(path) if first else nullcontext(self._mesh_draft(path)) as draft:
             self._mesh.barrier()  # the draft is there
@@ -138,10 +134,6 @@ class Checkpoints:
             shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
             path.rename(path.with_name(f"damaged-{path.name}"))
         return None
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _by_name(rectangles: Iterable[Rectangle]) -> Iterable[tuple[str, list[Rectangle]]]:

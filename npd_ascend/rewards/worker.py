@@ -72,7 +72,8 @@ class Judge:
                 format=self._grpo.format,
             )
         )
-        total = None if values is None else sum(weight * values[name] for name, weight in self._grpo.rewards.items())
+        weights = self._grpo.rewards
+        total = None if values is None else sum(weight * values[name] for name, weight in weights.items())
         return Reward(sample_id=rollout.sample_id, weight_version=rollout.weight_version, reward=total, why=why)
 
     def check_first(self, rewards: list[Reward]) -> None:

@@ -126,6 +126,7 @@ class LiveTrainer:
             self._model, stage.objective, stage.config, mesh, checkpoints, metrics, reference=reference
         )
         self.cursor = {"step": 0, "updates": 0, "version": 0, "published_at": 0}
+        self._kept_at = 0  # step of the newest checkpoint
         self._heldout: Heldout | None = None
         self.sender: WeightSender | None = None
         self._heartbeat = run.heartbeat(stage.command) if mesh.rank == 0 else None
@@ -142,7 +143,7 @@ class LiveTrainer:
         if cursor is None:
             return
         optimizer.restored(cursor["updates"])
-        self.cursor = cursor
+        self.cursor, self._kept_at = cursor, cursor["step"]
         _log.info("going on at step %(step)d with version %(version)d", cursor)
         self._publish_once()  # the checkpoint of a version is older than the version
 
@@ -189,7 +190,7 @@ class LiveTrainer:
         if self._is_time(drift):
             self._publish()
         elif (step + 1) % config.checkpoint_every_steps == 0:
-            self._training.checkpoint(self.cursor)
+            self._keep()
         if self._heartbeat:
             self._run.stream.mark_done(step + 1)
             self._heartbeat.beat()
@@ -198,16 +199,18 @@ class LiveTrainer:
     def finish(self) -> None:
         """The last measurement and the student."""
         self._measure_heldout()
-        checkpoints = self._training.checkpoints
-        checkpoints.wait()
-        if not checkpoints.holds(self.cursor["step"]):  # it may be its turn, or a killed process has come as far
-            self._training.checkpoint(self.cursor)
-            checkpoints.wait()
+        if self._kept_at != self.cursor["step"]:  # else it is there, from the last step or from before a kill
+            self._keep()
+        self._training.checkpoints.wait()
         hand_on(self._run, self.stage.name, self._model, self._mesh)
 
     def _rows(self, step: int) -> list[tuple[Rollout, Sample]]:
         """What the step trains on."""
         return kept_in_shards(self._run, self.pacing.shards_of(step))
+
+    def _keep(self) -> None:
+        self._training.checkpoint(self.cursor)
+        self._kept_at = self.cursor["step"]
 
     def _packs(self, step: int, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Of all ranks, as they stand in packs.jsonl or as they are written there now."""
@@ -251,7 +254,7 @@ class LiveTrainer:
         """A checkpoint first, so that a trainer that starts again is never older than what it published."""
         started = time.perf_counter()
         self.cursor |= {"version": self.cursor["version"] + 1, "published_at": self.cursor["step"]}
-        self._training.checkpoint(self.cursor)
+        self._keep()
         self._training.checkpoints.wait()
         self._publish_once()
         self.offer()

@@ -1,0 +1,174 @@
+"""GRPO as a stage of a run: real processes, kills, rewards that fail, and that the reward rises."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CONFIGS
+
+from npd_ascend.config import load_config
+from npd_ascend.errors import UserError
+from npd_ascend.metrics import read_metrics
+from npd_ascend.prompts import grpo_shards
+from npd_ascend.records import Reward, Rollout, sample_id
+from npd_ascend.rewards.worker import Judge, run_rewards
+from npd_ascend.runfolder import open_run
+from npd_ascend.stream import read_table
+from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.grpo import _advantages
+
+CONFIG = CONFIGS / "addition_grpo.yaml"
+SMALL = [
+    "data.gold.count=200",
+    "data.heldout.count=60",
+    "sft.epochs=6",
+    "rollout.batch_size=32",
+    "grpo.steps=6",
+    "grpo.groups_per_step=16",
+    "grpo.group_size=4",
+    "grpo.publish_every=2",
+    "grpo.kl_weight=0.01",
+    "grpo.rewards={exact_match: 1, format: 0.5}",
+    "grpo.format='[0-9]{4}'",  # a few answers have it from the start, so that there is something to learn
+    "grpo.checkpoint_every_steps=1",
+]
+
+
+def command(name: str, folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "npd_ascend", name, "--config", str(CONFIG), f"run.folder={folder}", *SMALL, *more]
+
+
+def npd(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(name, folder, *more), capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.temperature=0.8"], "rollout.temperature=0.8 and top_p=1.0 with grpo"),
+        (["rollout.batch_size=8"], "rollout.batch_size=8 is below grpo.group_size=16"),
+        (["grpo.rewards={format: 1}"], "rewards.format and format"),
+        (["grpo.rewards={format: 1}", "grpo.format='('"], "is no regular expression"),
+        (["grpo.rewards={taste: 1}"], "exact_match"),
+        (["grpo.group_size=1"], "grpo.group_size"),
+        (["data.problems=null"], "grpo needs rollout and data.problems"),
+        (["grpo.stream={}"], "unknown key grpo.stream"),
+    ],
+)
+def test_what_does_not_fit_is_said(overrides, said):
+    with pytest.raises(UserError) as error:
+        load_config(CONFIG, overrides)
+    assert said in str(error.value)
+
+
+def test_groups_stand_together_and_every_step_has_as_many():
+    config = load_config(CONFIG, [*SMALL, "data.problems.count=40", "rollout.batch_size=26"])
+    shards = grpo_shards(config, ChatTokenizer(config.student.path))
+    assert [len(shard) for shard in shards] == [24, 24, 16] * 6
+    names = []
+    for shard in shards:
+        for at in range(0, len(shard), 4):
+            group = shard[at : at + 4]
+            assert len({prompt.prompt_id for prompt, _ in group}) == 1
+            names += [(prompt.prompt_id, index) for prompt, index in group]
+    assert len(set(names)) == len(names)  # a problem that comes again is answered anew
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("grpo") / "run"
+    done = npd("run", folder)
+    assert done.returncode == 0, done.stderr
+    assert "mean reward" in done.stdout
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(reference):
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["scores"]["sft"] is not None
+    assert summary["scores"]["grpo"] is not None
+    assert summary["grpo"].keys() >= {"reward", "no_signal", "failed", "clipped", "kl", "entropy", "answer_tokens"}
+    rows = [row for row in read_metrics(reference) if row["stage"] == "grpo" and "grpo/reward" in row]
+    assert [row["step"] for row in rows] == list(range(6))
+    table = read_table(reference / "grpo")
+    assert table.num_rows == 6 * 16 * 4
+    assert set(table["reward"].to_pylist()) <= {0.0, 0.5, 1.0, 1.5}
+    steps = [version // 2 for version in range(6)]  # on-policy: two steps on each version, none behind it
+    assert sorted(table["weight_version"].to_pylist()) == sorted(step for step in steps for _ in range(64))
+    assert "Groups without signal" in (reference / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_with_equal_bits(reference, tmp_path):
+    folder, kills = tmp_path / "run", 0
+    for after in (9, 12, 14):
+        process = subprocess.Popen(command("run", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(after)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    done = npd("run", folder)
+    assert done.returncode == 0, done.stderr
+    assert kills
+    model = Path("student") / "model.safetensors"
+    assert (folder / model).read_bytes() == (reference / model).read_bytes()
+
+
+def test_a_reward_that_hangs_is_counted_and_named_and_leaves_its_group(tmp_path, caplog):
+    """A pattern that backtracks for ever on one answer of the first group; the three others are judged."""
+    overrides = ["grpo.rewards={format: 1}", "grpo.format='(1+)+2'", "grpo.steps=1", "grpo.groups_per_step=1"]
+    run = open_run(load_config(CONFIG, [*SMALL, *overrides, "grpo.reward_timeout_s=1.0", f"run.folder={tmp_path}/run"]))
+    tokenizer = ChatTokenizer(run.config.student.path)
+    (wanted,) = grpo_shards(run.config, tokenizer)
+    rollouts = []
+    for (prompt, index), text in zip(wanted, ["12", "1" * 40, "3", "112"], strict=True):
+        answer = tokenizer.encode_answer(text)
+        rollouts.append(
+            Rollout(
+                sample_id=sample_id(prompt.prompt_id, index, 0),
+                prompt_id=prompt.prompt_id,
+                weight_version=0,
+                heldout=False,
+                token_ids=prompt.token_ids + answer,
+                prompt_len=len(prompt.token_ids),
+                logprobs=np.zeros(len(answer), np.float32),
+                finish_reason="stop",
+            )
+        )
+    run.for_grpo().stream.commit("rollouts", 0, 0, rollouts)
+    with caplog.at_level("WARNING"):
+        run_rewards(run)
+    rewards = run.for_grpo().stream.read("rewards", 0)
+    assert [reward.reward for reward in rewards] == [1.0, None, 0.0, 1.0]
+    assert rewards[1].why.startswith("timeout: no reward within 1 s")
+    assert f"no reward for {rollouts[1].sample_id}: timeout" in caplog.text
+    (row,) = read_metrics(run.path)
+    assert (row["reward/failed"], row["reward/timeouts"]) == (1, 1)
+    half = 0.5**0.5
+    assert _advantages(rewards, 4) == [pytest.approx(half), None, pytest.approx(-2 * half), pytest.approx(half)]
+
+
+def test_rewards_that_never_work_stop_the_run(tmp_path):
+    run = open_run(load_config(CONFIG, [*SMALL, f"run.folder={tmp_path}/run"]))
+    judge = Judge(run, ChatTokenizer(run.config.student.path))
+    failed = [Reward(sample_id=str(i), weight_version=0, reward=None, why="raised: no") for i in range(4)]
+    with pytest.raises(UserError, match=r"no reward is known of the first 4 answers .raised: no.; mend data.problems"):
+        judge.check_first(failed)
+    judge.close()
+
+
+@pytest.mark.slow
+def test_the_reward_rises(tmp_path):
+    """64 sums again and again, right answers rewarded: the mean reward rises by 0.1 and more."""
+    few = ["data.problems.count=64", "grpo.steps=12", "grpo.optimizer.lr=1e-3", "data.heldout.count=60"]
+    more = [*few, f"run.folder={tmp_path}/run"]
+    command = [sys.executable, "-m", "npd_ascend", "run", "--config", str(CONFIG), *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rewards = [row["grpo/reward"] for row in read_metrics(tmp_path / "run") if "grpo/reward" in row]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.1
