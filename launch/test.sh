@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh
-environment .venv-test requirements.txt requirements-dev.txt requirements-ray.txt
+environment .venv-test requirements.txt requirements-dev.txt requirements-ray.txt requirements-rewards.txt
 bin=.venv-test/bin
 $bin/ruff format --check .
 $bin/ruff check .
@@ -16,14 +16,7 @@ if [ $# -gt 0 ]; then exec env NPD_SLOW=1 $bin/python -m pytest "$@"; fi
 compilers() {
   set -e
   $bin/python -m pytest --confcutdir=tests/cuda tests/cuda
-  environment .venv-ascend requirements-ascend-check.txt
-  .venv-ascend/bin/python -m pytest --confcutdir=tests/ascend tests/ascend
-  environment .venv-npu-check requirements-npu-check.txt
-  # its weight transfer alone is loaded, without the torch and the vLLM that it asks for
-  .venv-npu-check/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-    "$(grep -o '^vllm-ascend==[0-9.]*' requirements-npu.txt)" ||
-    echo "no wheel of vllm-ascend for this machine: tests/ascend_wheel/test_hccl_transfer.py is left out"
-  .venv-npu-check/bin/python -m pytest --confcutdir=tests/ascend_wheel tests/ascend_wheel
+  bash launch/npu_proof.sh
 }
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

@@ -251,8 +251,10 @@ class Config(Section):
                 f"rollout.batch_size={rollout.batch_size} is below grpo.group_size={grpo.group_size}, and a group is "
                 f"generated together; raise the first"
             )
-        if rollout.weights == "memory":
-            raise ValueError("rollout.weights=memory is not for grpo, whose versions come from disk; set it to disk")
+        if rollout.weights != "disk":
+            raise ValueError(
+                f"rollout.weights={rollout.weights} is not for grpo, whose versions come from disk; set it to disk"
+            )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

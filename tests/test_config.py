@@ -12,7 +12,11 @@ from npd_ascend.runfolder import open_run
 ADDITION, TEACHER = CONFIGS / "addition_cpu.yaml", CONFIGS / "addition_teacher.yaml"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("repro/*/*.yaml")]),
+    ids=lambda p: str(p.relative_to(CONFIGS)),
+)
 def test_every_shipped_configuration_loads(path):
     load_config(path)
 

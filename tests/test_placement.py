@@ -1,5 +1,6 @@
 """Which processes a run has and which cards they get; the launch script's listing."""
 
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -91,3 +92,15 @@ def test_the_launch_script_says_what_it_would_start_on_a_machine_without_cards(m
     else:
         all_cards = ",".join(CARDS)
         assert cards == [*CARDS, *CARDS, all_cards, *CARDS, *CARDS, all_cards, "0"]
+
+
+def test_the_stages_of_the_reproduction_take_the_student_of_the_stage_before():
+    environment = {k: v for k, v in os.environ.items() if k != "NPD_DEVICE"} | {"PYTHON": os.sys.executable}
+    words = ["bash", "launch/repro_openpangu_1b.sh", "--dry-run"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("==")] == ["== sft", "== npd", "== grpo"]
+    stages = [load_config(CONFIGS / "repro" / "openpangu_1b" / f"{name}.yaml") for name in ("sft", "npd", "grpo")]
+    for before, after in itertools.pairwise(stages):
+        assert after.student.path == before.run.folder / "student"
+        assert f"--run {after.run.folder}" in done.stdout

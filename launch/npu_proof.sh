@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What can be shown of the NPU path without an NPU: interfaces, shapes, autograd and compilers, no numbers and no times.
+#   bash launch/npu_proof.sh
+# torch_npu and vllm-ascend are the real wheels, in environments of their own; CANN and HCCL are stubs, tensors are fake.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/env.sh
+environment .venv-ascend requirements-ascend-check.txt
+environment .venv-npu-check requirements-npu-check.txt
+# its weight transfer alone is loaded, without the torch and the vLLM that it asks for
+.venv-npu-check/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+  "$(grep -o '^vllm-ascend==[0-9.]*' requirements-npu.txt)" ||
+  echo "no wheel of vllm-ascend for this machine: tests/ascend_wheel/test_hccl_transfer.py is left out"
+
+log=$(mktemp) table='' failed=''
+trap 'rm -f "$log"' EXIT
+# shown WHAT ENVIRONMENT FOLDER TESTS...      a line of the table, and everything that was said if it fails
+shown() {
+  local what=$1 python=$2/bin/python folder=$3 result
+  shift 3
+  if "$python" -m pytest -q --confcutdir="$folder" "$@" > "$log" 2>&1; then
+    result=$(tail -n 1 "$log")
+  else
+    cat "$log"
+    failed=1 result="FAILED: $(tail -n 1 "$log")"
+  fi
+  table+=$(printf '%-68s %s' "$what" "$result")$'\n'
+}
+wheel=tests/ascend_wheel
+shown "every call of torch_npu fits its schema; planted mistakes do not" .venv-npu-check $wheel $wheel/test_schemas.py
+shown "device, collectives and switches through torch_npu on a stub of CANN" .venv-npu-check $wheel $wheel/test_device.py
+shown "whole steps of openPangu-1B on fake NPU tensors, torch_npu's autograd" .venv-npu-check $wheel \
+  $wheel/test_trace.py $wheel/test_memory.py
+shown "weights to vllm-ascend's hccl engine, HCCL a stub" .venv-npu-check $wheel $wheel/test_hccl_transfer.py
+shown "Triton kernels lowered for 910B1 and 910B3, up to the step of CANN" .venv-ascend tests/ascend tests/ascend
+.venv-npu-check/bin/python $wheel/step_report.py
+printf '\n%s\nNothing of this ran on an NPU.\n' "$table"
+[ -z "$failed" ]
