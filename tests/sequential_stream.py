@@ -12,12 +12,12 @@ from npd_ascend.rollout.worker import open_maker
 from npd_ascend.runfolder import reopen_run
 from npd_ascend.teacher.worker import open_reader
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.live import LiveTrainer
+from npd_ascend.trainer.live import LiveTrainer, npd_stage
 
 
 def main() -> None:
     run = reopen_run(Path(sys.argv[1]))
-    tokenizer, trainer = ChatTokenizer(run.config.student.path), LiveTrainer(run, ALONE, None)
+    tokenizer, trainer = ChatTokenizer(run.config.student.path), LiveTrainer(run, npd_stage(run), ALONE, None)
     pacing = trainer.pacing
     with (
         open_maker(run, tokenizer, pacing.shards, "rollout", None) as maker,

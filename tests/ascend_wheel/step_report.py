@@ -17,7 +17,6 @@ def main() -> None:
 
     from npd_ascend.config import KernelConfig, OptimizerConfig
     from npd_ascend.parallel.mesh import Mesh
-    from npd_ascend.planner.command import size
     from npd_ascend.planner.fused import countable
     from npd_ascend.planner.memory import Layout, trainer_memory
     from npd_ascend.trainer.optimizer import MasterAdamW
@@ -29,6 +28,7 @@ def main() -> None:
         model, batch = fake_decoder(PANGU_1B, "selective", mesh), fake_batch(PACK, 10, mesh)
         optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
         train_step(model, [batch], optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
+    dist.destroy_process_group()  # the planner has a silent one of its own
     layout = Layout(tp=2, dp=1, sequence_parallel=True, recompute="selective", pack_tokens=sum(PACK))
     with countable(KernelConfig(attention="npu", layer="npu")) as kernels:
         memory = trainer_memory(
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"  {name:<44}{count:>6}")
     print(f"  {'of torch itself, kinds':<44}{len(watch.operators) - len(own):>6}")
     print(f"  {'reads of the device by the host in the step':<44}{len(watch.host_reads):>6}")
-    print(f"  planned peak of the rank {size(memory.peak)}iB, counted and not measured")
+    print(f"  planned peak of the rank {memory.peak / 2**30:.1f} GiB, counted and not measured")
 
 
 if __name__ == "__main__":
