@@ -195,7 +195,8 @@ def _run(args: argparse.Namespace) -> int:
         _refuse_overrides_of_a_run(args)
         config = reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
         allowed_changes(config)
-        _say_licences(config)
+        if not args.run:  # whoever made the folder has read it
+            _say_licences(config)
         print(check_run(config))
         return 0
     run = _open(args)

@@ -1,23 +1,19 @@
 """`npd run`: the processes of a run, group after group; each skips what is already done."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
-from npd_ascend.config import Config
 from npd_ascend.device import visible_cards
 from npd_ascend.errors import LostRankError, UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.placement import Process, place, recipe
-from npd_ascend.preflight import check_run
 from npd_ascend.ray_nodes import RayProcess, join_cluster
 from npd_ascend.runfolder import RunFolder
 
@@ -29,7 +25,8 @@ _log = logging.getLogger(__name__)
 
 def run_recipe(run: RunFolder) -> int:
     """SFT, rollouts, scoring and distillation, evaluation and report; returns the exit code."""
-    print(_checked(run.config), flush=True)
+    if code := _check(run):
+        return code
     if run.config.processes.ray:
         join_cluster(run.config)
     for group in recipe(run.config):
@@ -81,36 +78,21 @@ def _run_group(run: RunFolder, group: list[Process]) -> int:
     return 0
 
 
-def _checked(config: Config) -> str:
-    """check_run in a process that ends: it loads the teacher, and this one would hold that memory for the whole run."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_check, args=(config, sender))
-    child.start()
-    sender.close()
-    try:
-        found = receiver.recv()
-    except EOFError:
-        child.join()
+def _check(run: RunFolder) -> int:
+    """`npd run --dry-run` in a process that ends: it loads the teacher, and this one would hold that memory."""
+    command = [sys.executable, "-m", "npd_ascend", "run", "--dry-run", "--run", str(run.path)]
+    code = subprocess.run(command, preexec_fn=_end_with_parent, check=False).returncode
+    if code < 0:
         raise UserError(
-            f"{config.run.folder}: the check before the run ended with exit code {child.exitcode} (-9: killed, perhaps "
-            f"for memory, since it loads the teacher); what it said stands above"
-        ) from None
-    finally:
-        child.kill()
-        child.join()
-    if isinstance(found, UserError):
-        raise found
-    return found
+            f"{run.path}: the check before the run was killed by {signal.Signals(-code).name}, perhaps for memory: it "
+            f"loads the teacher; the same command tries again"
+        )
+    return code
 
 
-def _check(config: Config, sender: Connection) -> None:
+def _end_with_parent() -> None:
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it here too, and the parent says so
-    try:
-        sender.send(check_run(config))
-    except UserError as error:
-        sender.send(error)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it here too; the parent says so
 
 
 def _start(
