@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,11 @@ def children(pid: int) -> dict[str, int]:
 def start_long(folder: Path, *more: str) -> subprocess.Popen:
     """A live run that would take minutes, once its trainer has trained a few steps."""
     words = command(folder, ONE_BEHIND, "data.prompts.count=8000", *more)
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # tests that run in the background of a script have inherited that SIGINT is ignored
+    as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    )
     packs = folder / "stream" / "packs.jsonl"
     wait_for(lambda: packs.exists() and packs.read_text().count("\n") > 5)
     return process
