@@ -56,6 +56,11 @@ def plan_replay(source: Path, folder: Path, overrides: Sequence[str]) -> tuple[R
     """
     recorded = reopen_run(source)
     recorded.needs_npd()
+    if recorded.config.grpo:
+        raise UserError(
+            f"{source}: has a grpo stage, which generates as it trains; a replay takes runs that end with NPD; "
+            f"start one without grpo"
+        )
     config = load_config(source / "config.yaml", [*overrides, f"run.folder={folder.absolute()}"])
     changes = {}
     for key, was, now in differences(recorded.config, config):

@@ -84,7 +84,8 @@ def test_a_run_leaves_all_it_promises(reference):
     for name in ("config.yaml", "stream/manifest.jsonl", "metrics.jsonl", "tensorboard", "summary.json", "report.html"):
         assert (reference / name).exists(), name
     summary = json.loads((reference / "summary.json").read_text())
-    assert list(summary["scores"]) == ["start", "sft", "npd", "teacher"]
+    assert list(summary["scores"]) == ["start", "sft", "npd", "grpo", "teacher"]
+    assert summary["scores"]["grpo"] is None  # a stage that this run does not have
     assert summary["scores"]["teacher"] > 0.99
     model = AutoModelForCausalLM.from_pretrained(reference / "student")
     assert isinstance(model, LlamaForCausalLM)
