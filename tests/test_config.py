@@ -140,10 +140,10 @@ def test_pruning_a_folder_without_weights_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key", ["attention", "layer"])
-def test_a_kernel_that_cannot_run_here_is_refused_before_anything_starts(key, tmp_path, capsys):
+def test_a_kernel_that_cannot_run_here_is_refused_before_anything_starts(key, tmp_path, capfd):
     folder = tmp_path / "run"
     assert main(["run", "--config", str(ADDITION), f"run.folder={folder}", f"kernels.{key}=npu"]) == 2
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert f"kernels.{key}: npu cannot run here: it needs an Ascend NPU, and the tensors are on cpu" in said
     assert "Traceback" not in said
     assert not (folder / "weights").exists()
