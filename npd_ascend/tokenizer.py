@@ -1,5 +1,6 @@
 """The tokenizer of a model folder, its chat format, and the first thing in which two of them differ."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ class ChatTokenizer:
 
 
 def _fast_tokenizer(folder: Path):
-    from transformers import AutoTokenizer  # half a second, and only some commands need it
+    # AutoTokenizer imports generation and the model classes, three seconds of every process. Where the folder names the
+    # class that is tokenizer.json as it stands, that is what it would give.
+    if _names_plain_class(folder):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _names_plain_class(folder: Path) -> bool:
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")

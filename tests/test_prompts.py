@@ -1,9 +1,12 @@
 """Prompt files: what is wrong is told with the line; what is right is the same every time."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import CONFIGS
+from transformers import AutoTokenizer
 
 from npd_ascend.config import AdditionSource, DataConfig, JsonlSource, ReasoningGymSource
 from npd_ascend.errors import UserError
@@ -24,6 +27,22 @@ def _read(tokenizer, path, **changes):
 def read_source(source, tokenizer, role="prompts", max_prompt_tokens=12):
     data = DataConfig(**{"heldout": source, role: source})
     return read_prompts(data, role, tokenizer, max_prompt_tokens=max_prompt_tokens)
+
+
+def test_a_tokenizer_without_code_of_its_own_is_read_without_the_model_classes(tokenizer):
+    """As AutoTokenizer reads it, which takes three seconds longer to import."""
+    folder = CONFIGS / "addition" / "student"
+    auto = AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer._tokenizer) is type(auto)
+    assert tokenizer._tokenizer.init_kwargs == auto.init_kwargs
+    code = f"""
+import sys
+from pathlib import Path
+from npd_ascend.tokenizer import ChatTokenizer
+ChatTokenizer(Path({str(folder)!r})).encode_prompt("1+1=")
+assert "transformers.generation.utils" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_lines_become_prompts(tokenizer, tmp_path):
