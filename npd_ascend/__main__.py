@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from npd_ascend.runfolder import RunFolder
 
 _STARTED = time.time()  # the imports that follow are part of what the user waits for
+_EVERYWHERE = ("run", "sft", "distill", "grpo")  # on every node of a run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,7 +101,7 @@ def _open(args: argparse.Namespace) -> "RunFolder":
         run, is_new = reopen_run(args.run), False
     else:
         config = load_config(args.config, args.overrides)
-        is_new = not config.run.folder.exists()
+        is_new = not (config.run.folder / "config.yaml").exists()
         run = open_run(config)
     logging.basicConfig(
         level=logging.INFO if this_rank().rank == 0 else logging.WARNING,
@@ -116,7 +117,16 @@ def _name(args: argparse.Namespace) -> str:
     """Of this process in the run."""
     from npd_ascend.runfolder import worker_name
 
-    return worker_name(args.command, getattr(args, "worker", None))
+    return worker_name(args.command, getattr(args, "worker", None)) + (
+        _on_node() if args.command in _EVERYWHERE else ""
+    )
+
+
+def _on_node() -> str:
+    """What tells the names of a process apart that every node has."""
+    from npd_ascend.device import this_node
+
+    return f".node{node}" if (node := this_node().rank) else ""
 
 
 def _log_handlers(path: Path) -> list[logging.Handler]:
@@ -187,21 +197,27 @@ def _check_worker(args: argparse.Namespace, most: int) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from npd_ascend.config import load_config
+    from npd_ascend.nodes import open_nodes
     from npd_ascend.preflight import check_run
     from npd_ascend.runfolder import allowed_changes, reopen_run, working_on
     from npd_ascend.supervisor import run_recipe
 
+    _refuse_overrides_of_a_run(args)
+    config = reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
     if args.dry_run:
-        _refuse_overrides_of_a_run(args)
-        config = reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
         allowed_changes(config)
         if not args.run:  # whoever made the folder has read it
             _say_licences(config)
         print(check_run(config))
         return 0
-    run = _open(args)
-    with working_on(run, "run"):
-        return run_recipe(run)
+    with open_nodes(config) as nodes:
+        if nodes.here.rank > 0:
+            nodes.meet("the run folder is made")
+        run = _open(args)
+        if nodes.here.rank == 0:
+            nodes.meet("the run folder is made")
+        with working_on(run, _name(args)):
+            return run_recipe(run, nodes)
 
 
 def _processes(args: argparse.Namespace) -> int:
@@ -227,7 +243,7 @@ def _training_stage(args: argparse.Namespace, work) -> int:
     elif here.world_size > 1 or ranks == 1:
         _timed(run, args.command, lambda: work(run))
     else:
-        with working_on(run, f"{args.command}-ranks"):
+        with working_on(run, f"{args.command}-ranks{_on_node()}"):
             return run_ranks([args.command, "--run", str(run.path)], ranks, run.logs, args.command)
     return 0
 

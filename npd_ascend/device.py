@@ -22,7 +22,18 @@ class Rank:
 
     rank: int
     world_size: int
-    rendezvous: str  # init_method of torch.distributed
+    # init_method of torch.distributed, or store://HOST:PORT/MEETING: a name in the TCPStore that node 0 keeps
+    rendezvous: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """This host among those of a run over several."""
+
+    rank: int = 0
+    count: int = 1
+    address: str = ""  # of node 0, where all meet; empty for one node
+    port: int = 0
 
 
 def open_device(kind: str, threads: int) -> torch.device:
@@ -101,6 +112,23 @@ def this_rank() -> Rank:
     )
 
 
+def this_node() -> Node:
+    """NODE_RANK of NNODES, which meet at MASTER_ADDR:MASTER_PORT; UserError if they contradict each other."""
+    counted, numbered = os.environ.get("NNODES", "1"), os.environ.get("NODE_RANK", "0")
+    port = os.environ.get("MASTER_PORT", "29500")
+    for name, value in (("NNODES", counted), ("NODE_RANK", numbered), ("MASTER_PORT", port)):
+        if not value.isdecimal():
+            raise UserError(f"{name}={value}: want a number; see launch/npd_cluster.sh")
+    count, rank = int(counted), int(numbered)
+    if rank >= count:
+        raise UserError(f"NODE_RANK={rank} of NNODES={count}: nodes are counted from 0; set one of them right")
+    if count == 1:
+        return Node()
+    if not (address := os.environ.get("MASTER_ADDR")):
+        raise UserError(f"NNODES={count} and no MASTER_ADDR; set it to the address of node 0 on every node")
+    return Node(rank, count, address, int(port))
+
+
 def rank_environment(rank: int, world_size: int, rendezvous: str) -> dict[str, str]:
     """What `this_rank` reads in a child of this process, all ranks on this host."""
     # gloo would otherwise listen on whatever address the host name resolves to
@@ -110,6 +138,16 @@ def rank_environment(rank: int, world_size: int, rendezvous: str) -> dict[str, s
         "WORLD_SIZE": str(world_size),
         "NPD_RENDEZVOUS": rendezvous,
         "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def node_rank_environment(node: Node, rank: int, world_size: int, meeting: int) -> dict[str, str]:
+    """The same for a rank of those on several nodes. meeting: a new one whenever they start."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % (world_size // node.count)),
+        "WORLD_SIZE": str(world_size),
+        "NPD_RENDEZVOUS": f"store://{node.address}:{node.port}/{meeting}",
     }
 
 

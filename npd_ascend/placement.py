@@ -2,17 +2,23 @@
 
 Processes of one group run side by side and share no card; the next group begins with the first card again. So with
 npd.stream, npd.overlap or grpo trainer, rollouts and teacher split the cards; in the plain cycle they take turns.
+
+Over several nodes every node walks the same groups and has the same share of each: its ranks of the trainer, and every
+NNODES-th worker. What is only there once runs on node 0.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npd_ascend.config import Config
-from npd_ascend.device import card_environment, visible_cards
+from npd_ascend.device import Node, card_environment, this_node, visible_cards
 from npd_ascend.errors import UserError
+from npd_ascend.parallel.launch import ranks_of
 from npd_ascend.runfolder import worker_name
 from npd_ascend.trainer.stages import phases
+
+TRAINERS = ("sft", "distill", "grpo")  # processes that have the trainer's ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +83,29 @@ def _workers(config: Config, role: str, arguments: tuple[str, ...] = ()) -> list
     ]
 
 
+def share(config: Config, group: Sequence[Process], node: Node) -> list[Process]:
+    """What of a group runs on `node`. UserError if the nodes cannot share the trainer's ranks."""
+    ranks = len(ranks_of(node, config.parallel.tp * config.parallel.dp))
+    if node.count > 1 and ranks % config.parallel.tp:
+        raise UserError(
+            f"parallel.tp={config.parallel.tp} with {ranks} ranks on each of NNODES={node.count} would cut layers "
+            f"across the network; lower parallel.tp or raise parallel.dp"
+        )
+    mine: list[Process] = []
+    for process in group:
+        if process.name in TRAINERS:
+            mine.append(replace(process, cards=ranks))
+        elif _number(process) % node.count == node.rank:
+            mine.append(process)
+    return mine
+
+
+def _number(process: Process) -> int:
+    """Of a worker among its like; 0 for what is there once."""
+    words = process.arguments
+    return int(words[words.index("--worker") + 1]) if "--worker" in words else 0
+
+
 def place(config: Config, group: Sequence[Process], cards: Sequence[str]) -> dict[str, dict[str, str]]:
     """Process name -> what its environment says of its cards. UserError if there are too few.
 
@@ -101,24 +130,52 @@ def place(config: Config, group: Sequence[Process], cards: Sequence[str]) -> dic
 
 
 def check_cards(config: Config) -> None:
-    """UserError if any group wants more cards than this host has."""
+    """UserError if any group wants more cards than this host has, or what several nodes cannot do."""
+    node = this_node()
+    if node.count > 1 and config.processes.ray:
+        raise UserError(
+            f"processes.ray={config.processes.ray} and NNODES={node.count}: both spread workers; leave one out"
+        )
+    if node.count > 1 and config.rollout and config.rollout.weights != "disk":
+        raise UserError(
+            f"rollout.weights={config.rollout.weights} is for one host and NNODES={node.count}; set it to disk"
+        )
     for group in recipe(config):
-        place(config, group, visible_cards(config.device.kind))
+        place(config, share(config, group, node), visible_cards(config.device.kind))
 
 
 def listing(config: Config) -> str:
-    """Every process with its environment and command line, for people. Needs no device and no model."""
-    ranks, lines = config.parallel.tp * config.parallel.dp, []
-    for number, group in enumerate(recipe(config), 1):
+    """Every process of every node with its environment and command line, for people. Needs no device and no model."""
+    here = this_node()
+    if here.count == 1:
+        return "\n".join(_listing(config, here))
+    lines = []
+    for rank in range(here.count):
+        node = replace(here, rank=rank)
+        lines.append(
+            f"node {rank}: NNODES={node.count} NODE_RANK={rank} MASTER_ADDR={node.address} MASTER_PORT={node.port}"
+        )
+        lines += [f"  {line}" for line in _listing(config, node)]
+    return "\n".join(lines)
+
+
+def _listing(config: Config, node: Node) -> list[str]:
+    lines = []
+    world_size = config.parallel.tp * config.parallel.dp
+    for number, whole in enumerate(recipe(config), 1):
+        group = share(config, whole, node)
         # a machine without cards shows what one with enough of them would do
         most = sum(process.cards for process in group)
         cards = visible_cards(config.device.kind) or [str(card) for card in range(most)]
         placed = place(config, group, cards if config.device.kind != "cpu" else [])
-        lines.append(f"{number}." + (" side by side" if len(group) > 1 else ""))
+        lines.append(f"{number}." + (" side by side" if len(group) > 1 else "" if group else " nothing here"))
         for process in group:
             words = [f"{key}={value}" for key, value in placed[process.name].items()]
             words += ["npd", *process.command(config)[3:]]
-            more = f"   ({ranks} ranks)" if process.name in ("sft", "distill", "grpo") and ranks > 1 else ""
+            more = ""
+            if process.name in TRAINERS and world_size > 1:
+                ranks = ranks_of(node, world_size)
+                more = f"   ({world_size} ranks)" if node.count == 1 else f"   (ranks {ranks[0]} to {ranks[-1]})"
             where = f"   (on a node with {dict(process.needs)})" if config.processes.ray and process.needs else ""
             lines.append(f"   {process.name:<12}{' '.join(words)}{more}{where}")
-    return "\n".join(lines)
+    return lines

@@ -12,8 +12,9 @@ from typing import IO
 
 from npd_ascend.device import visible_cards
 from npd_ascend.errors import LostRankError, UserError
+from npd_ascend.nodes import Nodes
 from npd_ascend.parallel.launch import die_with_parent
-from npd_ascend.placement import Process, place, recipe
+from npd_ascend.placement import Process, place, recipe, share
 from npd_ascend.ray_nodes import RayProcess, join_cluster
 from npd_ascend.runfolder import RunFolder
 
@@ -23,18 +24,26 @@ _GRACE_S = 10
 _log = logging.getLogger(__name__)
 
 
-def run_recipe(run: RunFolder) -> int:
-    """SFT, rollouts, scoring and distillation, evaluation and report; returns the exit code."""
+def run_recipe(run: RunFolder, nodes: Nodes) -> int:
+    """SFT, rollouts, scoring and distillation, evaluation and report; returns the exit code.
+
+    Of several nodes each runs its share of every group, and begins the next when all have done theirs.
+    """
     if code := _check(run):
+        nodes.end(f"the check before the run ended with exit code {code}, for a reason that it said there")
         return code
+    nodes.meet("the check before the run")
     if run.config.processes.ray:
         join_cluster(run.config)
-    for group in recipe(run.config):
-        code = _run_group(run, group)
+    for number, group in enumerate(recipe(run.config), 1):
+        code = _run_group(run, share(run.config, group, nodes.here), nodes)
         if code != 0:
+            nodes.end(f"{group[0].name} and what runs beside it ended with exit code {code}; see {run.logs}")
             return code
-    print((run.path / "summary.txt").read_text(), end="")
-    print(f"report: {run.report}")
+        nodes.meet(f"the end of group {number}")
+    if nodes.here.rank == 0:
+        print((run.path / "summary.txt").read_text(), end="")
+        print(f"report: {run.report}")
     return 0
 
 
@@ -48,13 +57,14 @@ class _Running:
     log: Path | None = None
 
 
-def _run_group(run: RunFolder, group: list[Process]) -> int:
+def _run_group(run: RunFolder, group: list[Process], nodes: Nodes) -> int:
     """Until all have ended with 0, or one with a code that is no reason to start it again."""
     placed = place(run.config, group, visible_cards(run.config.device.kind))
     running = [_start(run, process, placed[process.name], first=process is group[0]) for process in group]
     try:
         while running:
             time.sleep(_POLL_S)
+            nodes.look()
             for one in list(running):
                 _kill_if_hung(run, one)
                 code = one.child.poll()

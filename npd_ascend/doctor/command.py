@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from npd_ascend.config import Config
-from npd_ascend.device import accelerator, open_device
+from npd_ascend.device import accelerator, open_device, this_node
 from npd_ascend.doctor.collectives import collective_findings
 from npd_ascend.doctor.compute import compute_findings
 from npd_ascend.doctor.device import NO_NPU, device_findings, run_npu_smi
@@ -58,7 +58,10 @@ def _device_at_work(config: Config | None, kind: str, no_card: bool) -> list[Fin
     impls = ["sdpa"] if kind == "cpu" else ["sdpa", kind]  # the fused one has the device's name
     if config and config.kernels.attention != "reference":
         impls.append(config.kernels.attention)
-    tp, dp = (config.parallel.tp, config.parallel.dp) if config else (1, _all_ranks(device))
+    # of several nodes, the replicas that train on this one
+    tp, dp = (
+        (config.parallel.tp, max(1, config.parallel.dp // this_node().count)) if config else (1, _all_ranks(device))
+    )
     return [*compute_findings(device, impls), *collective_findings(kind, tp, dp)]
 
 

@@ -1,7 +1,7 @@
-"""The trainer's ranks on one host, as children of the process that the user started.
+"""The trainer's ranks on this host, as children of the process that the user started; over several nodes its share.
 
-torchrun does the same over several hosts (each rank then finds RANK and WORLD_SIZE and this file is not used); here a
-wrong input should be said once and in one line, and a killed rank should be known from a failed one.
+torchrun does the same (each rank then finds RANK and WORLD_SIZE and this file is not used); here a wrong input should
+be said once and in one line, and a killed rank should be known from a failed one.
 """
 
 import ctypes
@@ -11,29 +11,64 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
-from npd_ascend.device import rank_environment
+import torch.distributed as dist
+
+from npd_ascend.device import Node, node_rank_environment, rank_environment, this_node
+from npd_ascend.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 # after one rank failed the others notice by themselves, from the broken connection; then they are made to stop
 _GRACE_S = 10
+_CONNECT_S = 60
 
 
 def run_ranks(arguments: list[str], world_size: int, logs: Path, name: str) -> int:
     """`npd ARGUMENTS` as `world_size` ranks; returns 0 or the first exit code that was not, 128 + signal if killed.
 
-    Rank 0 has this terminal; the others write RUN/logs/<name>.rank<N>.log. None outlives this call.
+    Of several nodes each starts its ranks. Rank 0 has its terminal; the others write RUN/logs/<name>.rank<N>.log. None
+    outlives this call. UserError if the nodes cannot share the ranks, or nobody keeps their meeting place.
     """
+    node = this_node()
+    here = ranks_of(node, world_size)
     with tempfile.TemporaryDirectory(prefix="npd-ranks-") as folder:
-        ranks = [
-            _start(arguments, rank_environment(rank, world_size, f"file://{folder}/store"), _log_file(logs, name, rank))
-            for rank in range(world_size)
-        ]
+        if node.count == 1:
+            environments = [rank_environment(rank, world_size, f"file://{folder}/store") for rank in here]
+        else:
+            meeting = _next_meeting(node)
+            environments = [node_rank_environment(node, rank, world_size, meeting) for rank in here]
+        ranks = {
+            rank: _start(arguments, environment, _log_file(logs, name, rank))
+            for rank, environment in zip(here, environments, strict=True)
+        }
         try:
             return _wait(ranks, logs, name)
         finally:
-            _stop(ranks)
+            _stop(list(ranks.values()))
+
+
+def ranks_of(node: Node, world_size: int) -> range:
+    """The ranks that run there: every node has as many, and neighbours stay together."""
+    if world_size % node.count:
+        raise UserError(
+            f"parallel.tp x parallel.dp = {world_size} ranks do not divide over NNODES={node.count}; change one of them"
+        )
+    each = world_size // node.count
+    return range(node.rank * each, (node.rank + 1) * each)
+
+
+def _next_meeting(node: Node) -> int:
+    """Counted by node 0's `npd run`. Every node starts its ranks again when one was lost, so they count alike."""
+    try:
+        store = dist.TCPStore(node.address, node.port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
+        return store.add(f"ranks of node {node.rank}", 1)
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"MASTER_ADDR={node.address}, MASTER_PORT={node.port}: node 0 does not answer ({str(error).splitlines()[0]}"
+            f"); start `npd run` on every node"
+        ) from None
 
 
 def die_with_parent() -> None:
@@ -57,10 +92,11 @@ def _start(arguments: list[str], environment: dict[str, str], log: Path | None) 
             output.close()
 
 
-def _wait(ranks: list[subprocess.Popen], logs: Path, name: str) -> int:
-    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+def _wait(ranks: dict[int, subprocess.Popen], logs: Path, name: str) -> int:
+    children = ranks.values()
+    while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
         time.sleep(0.05)
-    failed = [(number, rank.returncode) for number, rank in enumerate(ranks) if rank.returncode]
+    failed = [(number, child.returncode) for number, child in ranks.items() if child.returncode]
     if not failed:
         return 0
     # who was killed is the cause, who lost a neighbour the effect

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ def open_mesh(tp: int, dp: int, *, sequence_parallel: bool, device: torch.device
     with _lost_rank_is_said(here, timeout_s, backend):
         dist.init_process_group(
             backend,
-            init_method=here.rendezvous,
+            **_meeting_place(here, timeout),
             rank=here.rank,
             world_size=here.world_size,
             timeout=timeout,
@@ -109,6 +110,15 @@ def open_mesh(tp: int, dp: int, *, sequence_parallel: bool, device: torch.device
             mesh.barrier()
         finally:
             dist.destroy_process_group()
+
+
+def _meeting_place(here: Rank, timeout: timedelta) -> dict[str, Any]:
+    """Of init_process_group. A store outlives the ranks, so every meeting has names of its own in it."""
+    url = urlsplit(here.rendezvous)
+    if url.scheme != "store":
+        return {"init_method": here.rendezvous}
+    store = dist.TCPStore(url.hostname, url.port, is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"meeting{url.path}", store)}
 
 
 def make_mesh(tp: int, dp: int, rank: int, *, sequence_parallel: bool, timeout: timedelta) -> Mesh:
