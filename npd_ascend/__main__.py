@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--run", type=Path, required=True, help="the recorded run")
     replay.add_argument("folder", type=Path, help="the new run folder, made or continued")
     replay.add_argument("overrides", nargs="*", metavar="key=value", help="what differs, for example npd.lambda=0.5")
-    sweep = commands.add_parser("sweep", help="many replays of one recorded stream, one table and one plot")
-    sweep.add_argument("file", type=Path, help="YAML: source, folder, seeds, variants")
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="replays at a time (default 1)")
+    sweep = commands.add_parser("sweep", help="many settings and seeds, replayed or run, in one table and one plot")
+    sweep.add_argument("file", type=Path, help="YAML: source or config, folder, seeds, variants")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     prepare = commands.add_parser("prepare", help="files of questions to data of a run: checked, split, decontaminated")
     prepare.add_argument("file", type=Path, help="YAML: sources, evaluation_sets, folder, lengths")
     doctor = commands.add_parser(

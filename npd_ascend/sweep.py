@@ -1,6 +1,8 @@
-"""`npd sweep`: replays of one recorded stream under many settings, with several seeds, in one table and one plot.
+"""`npd sweep`: one recorded stream replayed, or one configuration run, under many settings and with several seeds; one
+table and one plot.
 
-A seed is run.seed of the replay: the order of samples and packs. What was generated is the same for all.
+A seed is run.seed: in a replay the order of samples and packs, where what was generated is the same for all; in a run
+also the initial weights, where they are random, and every answer.
 """
 
 import json
@@ -11,27 +13,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from npd_ascend.config import load_yaml
+from npd_ascend.config import load_config, load_yaml
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.progress import progress
 from npd_ascend.replay import plan_replay
 from npd_ascend.report.sweep import Outcome, write_sweep_report
+from npd_ascend.runfolder import allowed_changes
 
 
 class SweepConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Path  # a recorded run
-    folder: Path  # of the replays and their table
+    source: Path | None = None  # a recorded run, of which every variant is a replay
+    config: Path | None = None  # or the YAML of a run, which every variant is from the beginning
+    folder: Path  # of the runs and their table
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name -> key=value, as of `npd replay`
+    variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name -> key=value, as on the command line
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.source is None) == (self.config is None):
+            raise ValueError("want source, a recorded run to replay, or config, the YAML of runs; set one of them")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
-class _Replay:
+class _Run:
     variant: str
     seed: int
     overrides: tuple[str, ...]
@@ -43,70 +53,81 @@ class _Replay:
 
 
 def run_sweep(file: Path, jobs: int) -> None:
-    """Every replay that is not there yet, `jobs` at a time, then sweep.json, sweep.md and sweep.html in its folder.
+    """Every run that is not there yet, `jobs` at a time, then sweep.json, sweep.md and sweep.html in its folder.
 
-    UserError before the first replay if one of them would be refused.
+    UserError before the first one if one of them would be refused for its settings.
     """
-    config = _load(file)
-    replays = [
-        _Replay(name, seed, (*overrides, f"run.seed={seed}"), config.folder / f"{_slug(name)}-seed{seed}")
-        for name, overrides in config.variants.items()
-        for seed in config.seeds
+    sweep = _load(file)
+    runs = [
+        _Run(name, seed, (*overrides, f"run.seed={seed}"), sweep.folder / f"{_slug(name)}-seed{seed}")
+        for name, overrides in sweep.variants.items()
+        for seed in sweep.seeds
     ]
-    for replay in replays:
+    for run in runs:
         try:
-            plan_replay(config.source, replay.folder, replay.overrides)
+            _check(sweep, run)
         except UserError as error:
-            raise UserError(f"{file}: variant {replay.variant!r}: {error}") from None
-    config.folder.mkdir(parents=True, exist_ok=True)
-    left = [replay for replay in replays if not replay.is_done]
-    with (
-        progress("sweep", len(replays), "replays", len(replays) - len(left)) as bar,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
+            raise UserError(f"{file}: variant {run.variant!r}: {error}") from None
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    left = [run for run in runs if not run.is_done]
+    with progress("sweep", len(runs), "runs", len(runs) - len(left)) as bar, ThreadPoolExecutor(jobs) as pool:
         try:
-            for _ in pool.map(lambda replay: _run(config.source, replay), left):
+            for _ in pool.map(lambda run: _do(sweep, run), left):
                 bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # what runs is finished
             raise
-    outcomes = [_outcome(replay) for replay in replays]
-    write_sweep_report(config.folder, config.source, config.variants, outcomes)
-    print((config.folder / "sweep.md").read_text(), end="")
-    print(f"page: {config.folder / 'sweep.html'}")
+    outcomes = [_outcome(run) for run in runs]
+    origin = f"Recorded run: {sweep.source.name}." if sweep.source else f"Configuration: {sweep.config.name}."
+    write_sweep_report(sweep.folder, origin, sweep.variants, outcomes)
+    print((sweep.folder / "sweep.md").read_text(), end="")
+    print(f"page: {sweep.folder / 'sweep.html'}")
 
 
 def _load(file: Path) -> SweepConfig:
-    config = load_yaml(SweepConfig, file, ())
-    names = [_slug(name) for name in config.variants]
+    sweep = load_yaml(SweepConfig, file, ())
+    names = [_slug(name) for name in sweep.variants]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{file}: variants: several would have the folder {min(twice)}; give them other names")
-    return config.model_copy(update={"source": config.source.absolute(), "folder": config.folder.absolute()})
+    paths = {"source": sweep.source, "config": sweep.config, "folder": sweep.folder}
+    return sweep.model_copy(update={key: path.absolute() for key, path in paths.items() if path})
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def _run(source: Path, replay: _Replay) -> None:
-    """One replay in a process of its own, with what it says in a file beside its folder."""
-    log = replay.folder.with_suffix(".log")
-    command = [sys.executable, "-m", "npd_ascend", "replay", "--run", str(source), str(replay.folder)]
-    command += replay.overrides
+def _check(sweep: SweepConfig, run: _Run) -> None:
+    if sweep.source:
+        plan_replay(sweep.source, run.folder, run.overrides)
+    else:
+        allowed_changes(load_config(sweep.config, [*run.overrides, f"run.folder={run.folder}"]))
+
+
+def _do(sweep: SweepConfig, run: _Run) -> None:
+    """One run in a process of its own, with what it says in a file beside its folder."""
+    log = run.folder.with_suffix(".log")
+    command = [sys.executable, "-m", "npd_ascend"]
+    if sweep.source:
+        command += ["replay", "--run", str(sweep.source), str(run.folder), *run.overrides]
+    else:
+        command += ["run", "--config", str(sweep.config), f"run.folder={run.folder}", *run.overrides]
     with log.open("a") as output:
         done = subprocess.run(command, stdout=output, stderr=output, check=False, preexec_fn=die_with_parent)
     if done.returncode:
-        said = [line for line in log.read_text().splitlines() if line.startswith("npd ")]
-        reason = said[-1] if said else f"exit code {done.returncode}"
-        raise UserError(f"variant {replay.variant!r}, seed {replay.seed}: {reason}; see {log}")
+        said = log.read_text().strip().splitlines()
+        reason = f"exit code {done.returncode}" + (f", {said[-1]}" if said else "")
+        raise UserError(f"variant {run.variant!r}, seed {run.seed}: {reason}; see {log}")
 
 
-def _outcome(replay: _Replay) -> Outcome:
-    summary = json.loads((replay.folder / "summary.json").read_text())
+def _outcome(run: _Run) -> Outcome:
+    summary = json.loads((run.folder / "summary.json").read_text())
     return Outcome(
-        variant=replay.variant,
-        seed=replay.seed,
-        exact_match=summary["scores"]["npd"],
+        variant=run.variant,
+        seed=run.seed,
+        sft=summary["scores"]["sft"],
+        npd=summary["scores"]["npd"],
+        grpo=summary["scores"]["grpo"],
         heldout_kl=summary["heldout_kl"]["last"],
         drift_max=summary["drift_max"],
         kept_share=summary["kept_share"],

@@ -151,9 +151,10 @@ def delta_histogram(version: Version, filters: FilterConfig) -> Markup | None:
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         top = axes.get_ylim()[1]
         axes.set_ylim(0, 1.12 * top)
-        quantile = f"{filters.tau:g}-quantile " if filters.tau_mode == "quantile" else "τ = "
         ends = [(0.0, "0")] if filters.drop_below_zero else []
-        ends += [(version.limit, f"{quantile}{version.limit:.3g}")] if version.limit is not None else []
+        if version.limit is not None:
+            named = f"{filters.tau:g}-quantile " if filters.tau_mode == "quantile" else "τ = "
+            ends += [(version.limit, f"{named}{version.limit:.3g}")]
         for place, text in ends:
             axes.axvline(place, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
             near_end = place > high - 0.2 * (high - low)

@@ -13,57 +13,62 @@ from npd_ascend.report.template import load_template
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The last measurement of one replay; None where it has none."""
+    """The last measurement of one replay or run; None where it has none."""
 
     variant: str
     seed: int
-    exact_match: float | None  # share of held-out prompts answered right
-    heldout_kl: float | None  # nats/token, to the teacher's recorded top-k, the same for every variant
+    sft: float | None  # share of held-out prompts answered right after that stage
+    npd: float | None
+    grpo: float | None
+    heldout_kl: float | None  # nats/token, to the teacher's top-k; for all replays of a run on the same answers
     drift_max: float | None  # nats/token, KL(current || generator)
     kept_share: float | None  # of the training rollouts
     tokens_trained: int
     steps: int
 
 
-# field, its heading, digits
+# field, its heading, digits; a column without any value is left out
 _COLUMNS = (
-    ("exact_match", "exact match", 3),
+    ("sft", "exact match after SFT", 3),
+    ("npd", "after NPD", 3),
+    ("grpo", "after GRPO", 3),
     ("heldout_kl", "held-out KL, nats/token", 4),
     ("drift_max", "largest drift, nats/token", 3),
     ("kept_share", "kept", 3),
-    ("steps", "steps", 0),
+    ("steps", "steps of NPD", 0),
 )
+_DRAWN = {"npd": "exact match after NPD", "grpo": "exact match after GRPO", "heldout_kl": "held-out KL, nats/token"}
 
 
 def write_sweep_report(
-    folder: Path, source: Path, variants: Mapping[str, Sequence[str]], outcomes: Sequence[Outcome]
+    folder: Path, origin: str, variants: Mapping[str, Sequence[str]], outcomes: Sequence[Outcome]
 ) -> None:
-    """variants: name -> overrides, in the order of the table."""
+    """origin: what all of them come from. variants: name -> overrides, in the order of the table."""
     with commit_file(folder / "sweep.json") as draft:
         draft.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
-    headings = ["variant", "settings", *(heading for _, heading, _ in _COLUMNS)]
-    rows = [_row(name, overrides, outcomes) for name, overrides in variants.items()]
+    columns = [column for column in _COLUMNS if any(getattr(outcome, column[0]) is not None for outcome in outcomes)]
+    headings = ["variant", "settings", *(heading for _, heading, _ in columns)]
+    rows = [
+        [
+            name,
+            " ".join(overrides) or "as it is",
+            *(_mean(_values(outcomes, name, field), digits) for field, _, digits in columns),
+        ]
+        for name, overrides in variants.items()
+    ]
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
     with commit_file(folder / "sweep.md") as draft:
-        draft.write_text("\n".join([*lines, "", f"{_said(outcomes)} Recorded run: {source.name}."]) + "\n")
+        draft.write_text("\n".join([*lines, "", f"{_said(outcomes)} {origin}"]) + "\n")
     figures = [
         (heading, drawn)
-        for field, heading, _ in _COLUMNS[:2]
+        for field, heading in _DRAWN.items()
         if (drawn := dots({name: _values(outcomes, name, field) for name in variants}, heading))
     ]
     with commit_file(folder / "sweep.html") as draft:
         page = load_template("sweep.html.j2").render(
-            source=str(source), headings=headings, rows=rows, figures=figures, said=_said(outcomes)
+            origin=origin, headings=headings, rows=rows, figures=figures, said=_said(outcomes)
         )
         draft.write_text(page, encoding="utf-8")
-
-
-def _row(name: str, overrides: Sequence[str], outcomes: Sequence[Outcome]) -> list[str]:
-    return [
-        name,
-        " ".join(overrides) or "as recorded",
-        *(_mean(_values(outcomes, name, field), digits) for field, _, digits in _COLUMNS),
-    ]
 
 
 def _values(outcomes: Sequence[Outcome], variant: str, field: str) -> list[float]:
