@@ -123,12 +123,12 @@ def test_bfloat16_keeps_float32_masters():
     model = load_decoder(CONFIGS / "addition" / "student", seed=0, dtype=torch.bfloat16, device=CPU)
     objective, before = Objective(lambda_=0.9), model.layers[0].mlp.down.weight.float().clone()
     optimizer = MasterAdamW(model, OptimizerConfig())
-    for _ in range(300):
-        _step(model, [SAMPLES], optimizer, objective, lr=1e-6)
+    for _ in range(80):
+        _step(model, [SAMPLES], optimizer, objective, lr=2e-6)
     moved = (model.layers[0].mlp.down.weight.float() - before).abs().max()
     assert moved > 1e-4
     assert model.layers[0].mlp.down.weight.dtype == torch.bfloat16
-    lost = before.bfloat16() - torch.tensor(1e-6).bfloat16()
+    lost = before.bfloat16() - torch.tensor(2e-6).bfloat16()
     assert ((lost.float() - before).abs() > 0).float().mean() < 0.1  # one such step alone rounds away almost everywhere
 
 

@@ -108,23 +108,19 @@ def _curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
         kl_note = "KL(teacher ‖ student) on held-out rollouts of version 0, teacher's top-k"
         curves.append({"title": "Distance to the teacher", "note": kl_note, "figure": kl, "command": "distill"})
         curves += _stream_curves(run, rows) if config.npd.stream else [_drift_curve(rows, refreshes)]
-    return curves + (_grpo_curves(rows) if config.grpo else [])
+    return curves + (_grpo_curves(rows, config.grpo.kl_weight > 0) if config.grpo else [])
 
 
-def _grpo_curves(rows: Sequence[Mapping]) -> list[dict]:
-    table = (
+def _grpo_curves(rows: Sequence[Mapping], asks_reference: bool) -> list[dict]:
+    table = [
         ("Reward", "grpo/reward", "reward", "mean over the answers of a step"),
         ("Groups without signal", "grpo/no_signal", "share", "one and the same reward in the group: not trained on"),
         ("Answer length", "grpo/answer_tokens", "tokens", "mean over the answers of a step"),
         ("Entropy", "grpo/entropy", "nats/token", "estimated: mean −log p of the sampled tokens that are trained on"),
         ("Clipped tokens", "grpo/clipped", "share", "tokens whose ratio to the generator left the clip range"),
-        (
-            "Distance to the start of GRPO",
-            "grpo/kl",
-            "nats/token",
-            "KL(current ‖ start), estimator k3; measured where kl_weight > 0",
-        ),
-    )
+    ]
+    if asks_reference:
+        table.append(("Distance to the start of GRPO", "grpo/kl", "nats/token", "KL(current ‖ start), estimator k3"))
     return [
         {"title": title, "note": note, "figure": plots.step_curve(rows, name, unit, stage="grpo"), "command": "grpo"}
         for title, name, unit, note in table

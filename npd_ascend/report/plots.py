@@ -93,7 +93,7 @@ def heldout_curve(
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("epoch", "nats/token")
         axes.plot(epoch, value, color=ACCENT, marker="o", markersize=3.5)
-        axes.set_ylim(0, 1.15 * max([*value, limit or 0.0, 1e-9]))
+        axes.set_ylim(0, 1.15 * max([*value, limit or 0.0]) or 1.0)
         axes.set_xlim(-0.15, max(1, *epoch) + 0.15)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         if limit is not None:
@@ -119,7 +119,7 @@ def step_curve(
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes("optimizer step", unit)
         axes.plot(step, value, color=ACCENT, marker="o", markersize=3)
-        axes.set_ylim(0, 1.15 * max([*value, limit or 0.0, 1e-9]))
+        axes.set_ylim(0, 1.15 * max([*value, limit or 0.0]) or 1.0)
         axes.set_xlim(0, max(1, *step))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if limit is not None:
