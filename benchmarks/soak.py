@@ -4,7 +4,8 @@
 
 Runs configs/addition_cpu.yaml with npd.stream (made small: 2 rollout and 2 teacher processes, a trainer), and every few
 seconds SIGKILLs one of its processes, or the supervisor, which takes all others along and is then typed again; runs
-follow each other until all kills are spent. After each run:
+follow each other until all kills are spent. No kind of process gets more than its share of a run's kills, else those
+that start first would get most of them. After each run:
 
 - every wanted sample was generated once and decided once, every kept one stands in one pack of one step;
 - no sample was trained on more than max_lag versions after the one that generated it;
@@ -47,7 +48,7 @@ SETTINGS = [
     "device.threads=1",
     "processes={rollout: 2, teacher: 2, restarts: 50}",
 ]
-MOST_PER_RUN = 12
+MOST_PER_RUN = 15
 ROLES = ("rollout", "score", "distill", "sft", "run")
 
 
@@ -82,7 +83,8 @@ def run_with_kills(run: Path, engine: str, rng: random.Random, most: int) -> Cou
             supervisor = subprocess.Popen(command(run, engine), stdout=output, stderr=output)
         while supervisor.poll() is None and kills.total() < most:
             _sleep(supervisor, rng.uniform(0.5, 6))
-            if victim := _victim(supervisor.pid, rng):
+            share = -(-most // len(ROLES))
+            if victim := _victim(supervisor.pid, rng, spared={role for role in kills if kills[role] >= share}):
                 role, pid = victim
                 os.kill(pid, signal.SIGKILL)
                 kills[role] += 1
@@ -102,8 +104,8 @@ def _sleep(process: subprocess.Popen, seconds: float) -> None:
         process.wait(seconds)
 
 
-def _victim(supervisor: int, rng: random.Random) -> tuple[str, int] | None:
-    """(role, pid), each role that is there as likely as the others. Evaluation and report are spared."""
+def _victim(supervisor: int, rng: random.Random, spared: set[str]) -> tuple[str, int] | None:
+    """(role, pid), each role that is there as likely as the others but for those spared, evaluation and report."""
     found: dict[str, list[int]] = {"run": [supervisor]}
     listed = subprocess.run(["pgrep", "-P", str(supervisor)], capture_output=True, text=True, check=False)
     for pid in map(int, listed.stdout.split()):
@@ -114,9 +116,9 @@ def _victim(supervisor: int, rng: random.Random) -> tuple[str, int] | None:
         role = words[3] if len(words) > 3 else ""  # python -m npd_ascend ROLE
         if role in ROLES:
             found.setdefault(role, []).append(pid)
-    if len(found) == 1:
+    if len(found) == 1 or not found.keys() - spared:
         return None
-    role = rng.choice(sorted(found))
+    role = rng.choice(sorted(found.keys() - spared))
     return role, rng.choice(found[role])
 
 
