@@ -14,6 +14,7 @@ from npd_ascend.config_training import (  # noqa: F401 - every section is import
     GrpoConfig,
     NpdConfig,
     OptimizerConfig,
+    Phase,
     Section,
     StageConfig,
     StreamConfig,

@@ -1,6 +1,8 @@
 """The sections of the configuration that say how the student is trained: SFT, NPD, GRPO."""
 
+import itertools
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -67,6 +69,16 @@ class StreamConfig(Section):
         return self.publish_every if self.publish_at_kl is None else self.publish_not_before
 
 
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Epochs [first, last) of NPD on one set of rollouts, from the weights of version `number` on."""
+
+    number: int
+    version: int  # that generated the set
+    first: int
+    last: int
+
+
 class NpdConfig(TrainConfig):
     epochs: int = Field(10, ge=1)  # with stream: passes over data.prompts, every one with fresh answers
     refresh_after: tuple[int, ...] = (5,)  # new rollouts by the student as it is after these epochs
@@ -78,6 +90,12 @@ class NpdConfig(TrainConfig):
     def generator_of(self, number: int) -> int:
         """The weight version that generates set `number` of the schedule without stream."""
         return max(0, number - self.overlap)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The epochs cut at the refreshes: the student as it is after refresh i, or one before, generates set i."""
+        cuts = [0, *self.refresh_after, self.epochs]
+        return [Phase(i, self.generator_of(i), *ends) for i, ends in enumerate(itertools.pairwise(cuts))]
 
     @model_validator(mode="before")
     @classmethod

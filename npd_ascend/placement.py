@@ -16,7 +16,6 @@ from npd_ascend.device import Node, card_environment, this_node, visible_cards
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import ranks_of
 from npd_ascend.runfolder import worker_name
-from npd_ascend.trainer.stages import phases
 
 TRAINERS = ("sft", "distill", "grpo")  # processes that have the trainer's ranks
 
@@ -48,7 +47,7 @@ def recipe(config: Config) -> list[list[Process]]:
     elif config.npd:
         sets = [
             [_workers(config, role, ("--set", str(phase.number))) for role in ("rollout", "score")]
-            for phase in phases(config.npd)
+            for phase in config.npd.phases
         ]
         if config.npd.overlap:
             groups += sets[0]

@@ -24,7 +24,6 @@ from npd_ascend.teacher.check import check_teacher
 from npd_ascend.teacher.worker import load_teacher, shared_vocab_size
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.samples import gold_samples
-from npd_ascend.trainer.stages import phases
 
 # Parquet bytes per answer token beside the top-k: ids, log-probs, offsets, before compression.
 _BYTES_PER_TOKEN = 16
@@ -88,7 +87,7 @@ def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) 
         f"npd      epochs {phase.first + 1}-{phase.last} on {len(wanted) - len(heldout)} rollouts of set "
         f"{phase.number} by version {phase.version} (+ {len(heldout)} held-out), "
         f"at most {config.rollout.max_new_tokens} new tokens"
-        for phase in phases(config.npd)
+        for phase in config.npd.phases
     ]
 
 
@@ -152,7 +151,7 @@ def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer
         token_bytes = _BYTES_PER_TOKEN + 8 * config.teacher.top_k
         per_set = samples * config.rollout.max_new_tokens * token_bytes
         # the stream's shards hold all rollouts of the run, and only so many versions are kept
-        sets = 1 if config.npd.stream else len(phases(config.npd))
+        sets = 1 if config.npd.stream else len(config.npd.phases)
         versions = config.npd.stream.max_lag + 3 if config.npd.stream else sets
         need += weights * versions + per_set * sets
     if config.grpo:

@@ -21,7 +21,6 @@ from npd_ascend.runfolder import RunFolder, allowed_changes, differences, open_r
 from npd_ascend.stream import Stream
 from npd_ascend.stream.stream import Entry
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.stages import phases
 
 _MAY_DIFFER = re.compile(
     r"(run|npd|filters|evaluate|parallel|processes|device|kernels)\..*|teacher\.top_k"
@@ -103,7 +102,7 @@ def _fill(draft: Path, recorded: RunFolder, config: Config) -> None:
             _link(recorded, stream, [rollouts, scores])
             _decide(recorded, stream, config, [rollouts], [scores], rollouts.shard)
     else:
-        for phase in phases(config.npd):
+        for phase in config.npd.phases:
             number = phase.number
             wanted = range(len(wanted_shards(config, tokenizer, number)))
             rollouts, scores = (

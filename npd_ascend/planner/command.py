@@ -22,7 +22,7 @@ from npd_ascend.planner.rates import ASCEND, Hardware, this_host
 from npd_ascend.planner.timing import Samples, StageTime, Workload, cycle, train_tokens_per_s
 from npd_ascend.prompts import wanted_shards
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.stages import gold_samples, phases
+from npd_ascend.trainer.samples import gold_samples
 
 HEADROOM = 0.9  # of a card: the rest is for fragments, workspaces of operators and the runtime itself
 # vLLM's own limit of requests at once (max_num_seqs of its LLM class)
@@ -85,7 +85,7 @@ class _Asked:
                 prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) / len(prompts),
                 answer_tokens=config.rollout.max_new_tokens,
                 epochs=1 if config.npd.stream else config.npd.epochs,  # every pass of a stream has prompts of its own
-                sets=len(phases(config.npd)),
+                sets=len(config.npd.phases),
             )
         packs = self._npd_packs_per_step() if config.npd else train.packs_per_step
         self.layout = replace(self.layout, packs_per_rank=math.ceil(packs / parallel.dp))
