@@ -197,19 +197,21 @@ def _check_worker(args: argparse.Namespace, most: int) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from npd_ascend.config import load_config
-    from npd_ascend.nodes import open_nodes
-    from npd_ascend.preflight import check_run
     from npd_ascend.runfolder import allowed_changes, reopen_run, working_on
-    from npd_ascend.supervisor import run_recipe
 
     _refuse_overrides_of_a_run(args)
     config = reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
     if args.dry_run:
+        from npd_ascend.preflight import check_run
+
         allowed_changes(config)
         if not args.run:  # whoever made the folder has read it
             _say_licences(config)
         print(check_run(config))
         return 0
+    from npd_ascend.nodes import open_nodes
+    from npd_ascend.supervisor import run_recipe
+
     with open_nodes(config) as nodes:
         if nodes.here.rank > 0:
             nodes.meet("the run folder is made")

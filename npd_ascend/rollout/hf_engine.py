@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from npd_ascend.rollout.engine import Completion, Request, Sampling
 
@@ -26,6 +24,10 @@ class HfEngine:
         self._model: Any = None
 
     def load_weights(self, folder: Path) -> None:
+        # not at the top: it takes seconds, and many a process finds that it has nothing to generate
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging as transformers_logging
+
         transformers_logging.disable_progress_bar()  # a second bar per load, beside our own
         config = json.loads((folder / "config.json").read_text())
         if config["model_type"] == "PanguEmbedded":
@@ -40,6 +42,8 @@ class HfEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Rows that end leave the batch, so a few long answers do not carry the short ones along."""
+        from transformers import DynamicCache
+
         limits = np.array([request.max_new_tokens for request in requests])
         uniforms = [np.random.Generator(np.random.PCG64(r.seed)).random(r.max_new_tokens) for r in requests]
         tokens: list[list[int]] = [[] for _ in requests]

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, LlamaConfig
 
 from npd_ascend.errors import UserError
 from npd_ascend.rollout.engine import Completion, Request, Sampling
@@ -28,12 +27,6 @@ _ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",  # where it listens for the ranks that it does not have
     "VLLM_NO_USAGE_STATS": "1",  # it would report every start to its makers
 }
-
-
-class _PanguConfig(LlamaConfig):
-    """openPangu's config.json; the class that the model folder names would be remote code."""
-
-    model_type = "PanguEmbedded"
 
 
 def require_vllm() -> None:
@@ -60,7 +53,7 @@ def start_llm(
         from npd_ascend.rollout.vllm_gloo import BACKEND
     except (ImportError, OSError) as error:
         raise UserError(f"rollout.engine=vllm, but vllm cannot be imported ({_line(error)}); {_WAY_OUT}") from None
-    AutoConfig.register(_PanguConfig.model_type, _PanguConfig, exist_ok=True)
+    _know_pangu()
     if torch.cpu._is_amx_tile_supported():
         # vLLM's bfloat16 attention uses AMX tiles; the kernel kills a process that has not asked for them (SIGILL)
         torch.cpu._init_amx()
@@ -86,6 +79,16 @@ def start_llm(
             f"{kv_cache_bytes / 2**30:.3g} GiB of KV cache: {_line(error)}. Lower rollout.max_new_tokens, raise "
             f"rollout.kv_cache_gib or set rollout.engine: hf"
         ) from None
+
+
+def _know_pangu() -> None:
+    """To transformers, openPangu's config.json; the class that the model folder names would be remote code."""
+    from transformers import AutoConfig, LlamaConfig
+
+    class PanguConfig(LlamaConfig):
+        model_type = "PanguEmbedded"
+
+    AutoConfig.register(PanguConfig.model_type, PanguConfig, exist_ok=True)
 
 
 def replace_weights(llm: Any, folder: Path, *, tied: bool) -> None:
