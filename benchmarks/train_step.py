@@ -54,10 +54,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--loss-memory", type=int, metavar="TOKENS", help=argparse.SUPPRESS)
+    parser.add_argument("--hidden", type=int, default=576, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.loss_memory:
-        print(loss_peak_bytes(args.loss_memory, DTYPES[args.dtype]))
+        print(loss_peak_bytes(args.loss_memory, args.hidden, DTYPES[args.dtype]))
         return
     row = {"threads": args.threads, "dtype": args.dtype, "torch": torch.__version__, "machine": platform.machine()}
     row |= step_against_bound(DTYPES[args.dtype], args.steps)
@@ -122,12 +123,12 @@ def _samples() -> list[Sample]:
     return samples
 
 
-def loss_peak_bytes(tokens: int, dtype: torch.dtype) -> int:
+def loss_peak_bytes(tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
     """Peak memory of one loss and its gradients, the gradients included."""
     from npd_kernels.token_loss import token_loss
 
-    hidden = torch.randn(tokens, 576).to(dtype).requires_grad_()
-    weight = torch.randn(49152, 576).to(dtype).requires_grad_()
+    hidden = torch.randn(tokens, hidden_size).to(dtype).requires_grad_()
+    weight = torch.randn(49152, hidden_size).to(dtype).requires_grad_()
     ids, weights = torch.randint(49152, (tokens, 11)), torch.rand(tokens, 11)
     torch.mm(hidden[:64].detach(), weight[:64].detach().T)  # the libraries' own buffers
 

@@ -192,13 +192,12 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def _peak_bytes(tokens):
     script = Path(__file__).parent.parent / "benchmarks" / "train_step.py"
-    command = [sys.executable, str(script), "--loss-memory", str(tokens)]
+    command = [sys.executable, str(script), "--loss-memory", str(tokens), "--hidden", "64"]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
     """Vocabulary 49,152: full float32 logits of 3,072 more tokens would be 604 MB more."""
     few, many = _peak_bytes(1024), _peak_bytes(4096)
-    assert few > 49152 * 576 * 4  # the gradient of the weight at least, or nothing was measured
-    assert many - few < 0.1 * 3072 * 49152 * 4  # 3,072 rows of hidden states and their gradients are 14 MB
+    assert few > 49152 * 64 * 4  # the gradient of the weight at least, or nothing was measured
+    assert many - few < 0.1 * 3072 * 49152 * 4  # 3,072 rows of hidden states and their gradients are 1.6 MB
