@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from npd_ascend.arguments import parser
 from npd_ascend.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _EVERYWHERE = ("run", "sft", "distill", "grpo")  # on every node of a run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
         return _COMMANDS[args.command](args)
     except UserError as error:
@@ -34,83 +35,41 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="npd", description="Near-Policy Distillation of language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, text: str, *, worker: bool = False) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        place = command.add_mutually_exclusive_group(required=True)
-        place.add_argument("--config", type=Path, help="YAML of the run; its folder is made or continued")
-        place.add_argument("--run", type=Path, help="an existing run folder")
-        if name == "eval":
-            place.add_argument("--benchmarks", type=Path, help="YAML of a model and public benchmarks (docs/eval.md)")
-        if worker:
-            command.add_argument("--set", type=int, help="of rollouts, one per phase (default 0); not with npd.stream")
-            command.add_argument("--worker", type=int, metavar="N", help="do the share of worker N; default: all")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted override, with --config")
-        return command
-
-    run = add("run", "the whole recipe: SFT, rollouts, scoring, distillation, evaluation, report")
-    run.add_argument("--dry-run", action="store_true", help="check everything and print the plan, train nothing")
-    add("processes", "every process of a run with its environment and command line; needs no device and no model")
-    add("sft", "supervised warm-up on data.gold")
-    add("rollout", "let the student answer data.prompts and data.heldout", worker=True)
-    add("score", "teacher prefill, Δ-IFD, decisions", worker=True)
-    add("distill", "train on every decided set of rollouts")
-    add("grpo", "reinforcement learning on data.problems, beside the next two")
-    answers = add("grpo-rollout", "let the student answer data.problems in groups")
-    answers.add_argument("--worker", type=int, metavar="N", help="do the share of worker N; default: all")
-    add("grpo-reward", "judge those answers")
-    add("eval", "exact match on data.heldout of every model of the run; or a model's scores in public benchmarks")
-    add("report", "summary.json and report.html from what the run folder holds")
-    add("plan", "memory of every card and time of every stage of a run, before anything is started")
-
-    replay = commands.add_parser("replay", help="train again from a recorded stream with other settings")
-    replay.add_argument("--run", type=Path, required=True, help="the recorded run")
-    replay.add_argument("folder", type=Path, help="the new run folder, made or continued")
-    replay.add_argument("overrides", nargs="*", metavar="key=value", help="what differs, for example npd.lambda=0.5")
-    sweep = commands.add_parser("sweep", help="many settings and seeds, replayed or run, in one table and one plot")
-    sweep.add_argument("file", type=Path, help="YAML: source or config, folder, seeds, variants")
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
-    prepare = commands.add_parser("prepare", help="files of questions to data of a run: checked, split, decontaminated")
-    prepare.add_argument("file", type=Path, help="YAML: sources, evaluation_sets, folder, lengths")
-    doctor = commands.add_parser(
-        "doctor", help="what a run needs of this machine: NPUs, versions, numbers, collectives"
-    )
-    doctor.add_argument("--config", type=Path, help="YAML of a run, for its layout, device and folder")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="dotted override, with --config")
-    convert = commands.add_parser("convert", help="a GGUF file to a Hugging Face folder of safetensors")
-    convert.add_argument("gguf", type=Path)
-    convert.add_argument("folder", type=Path)
-    prune = commands.add_parser("prune", help="cut a model's depth: keep some of its layers")
-    prune.add_argument("source", type=Path)
-    prune.add_argument("folder", type=Path)
-    prune.add_argument("--keep", required=True, help="layers that stay, for example 0-4,25-29")
-    return parser
-
-
 # Everything below imports what it needs when it is called: `npd --help` and a typo should not wait for torch.
 def _open(args: argparse.Namespace) -> "RunFolder":
-    from npd_ascend.config import load_config
-    from npd_ascend.device import this_rank
+    """The run of a stage, its folder made or continued."""
     from npd_ascend.runfolder import open_run, reopen_run
 
     _refuse_overrides_of_a_run(args)
     if args.run:
         run, is_new = reopen_run(args.run), False
     else:
-        config = load_config(args.config, args.overrides)
+        config = _config(args)
         is_new = not (config.run.folder / "config.yaml").exists()
         run = open_run(config)
+    _log_of(run, args)
+    if is_new:  # once per run, not once per stage
+        _say_licences(run.config)
+    return run
+
+
+def _config(args: argparse.Namespace) -> "Config":
+    """What --config and its overrides say, or the run of --run."""
+    from npd_ascend.config import load_config
+    from npd_ascend.runfolder import reopen_run
+
+    _refuse_overrides_of_a_run(args)
+    return reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
+
+
+def _log_of(run: "RunFolder", args: argparse.Namespace) -> None:
+    from npd_ascend.device import this_rank
+
     logging.basicConfig(
         level=logging.INFO if this_rank().rank == 0 else logging.WARNING,
         format="%(asctime)s %(levelname)s %(message)s",
         handlers=_log_handlers(run.logs / f"{_name(args)}.log"),
     )
-    if is_new:  # once per run, not once per stage
-        _say_licences(run.config)
-    return run
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -184,7 +143,9 @@ def _worker_stage(args: argparse.Namespace, work, live) -> int:
             raise UserError("--set is not for a run with npd.stream, whose shards are one set; remove it")
         _timed(run, _name(args), lambda: live(run, args.worker))
     else:
-        number = args.set or 0
+        number, sets = args.set or 0, len(npd.phases) if npd else 0
+        if npd and not 0 <= number < sets:
+            raise UserError(f"--set {number}: the run has {sets}, counted from 0 (npd.refresh_after)")
         label = worker_name(f"{args.command}-v{number}", args.worker)
         _timed(run, _name(args), lambda: work(run, number, args.worker), label)
     return 0
@@ -196,16 +157,14 @@ def _check_worker(args: argparse.Namespace, most: int) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from npd_ascend.config import load_config
-    from npd_ascend.runfolder import allowed_changes, reopen_run, working_on
+    from npd_ascend.runfolder import allowed_changes, enter_run, working_on
 
-    _refuse_overrides_of_a_run(args)
-    config = reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)
+    config = _config(args)
     if args.dry_run:
         from npd_ascend.preflight import check_run
 
         allowed_changes(config)
-        if not args.run:  # whoever made the folder has read it
+        if not (config.run.folder / "config.yaml").exists():  # once per run
             _say_licences(config)
         print(check_run(config))
         return 0
@@ -213,22 +172,17 @@ def _run(args: argparse.Namespace) -> int:
     from npd_ascend.supervisor import run_recipe
 
     with open_nodes(config) as nodes:
-        if nodes.here.rank > 0:
-            nodes.meet("the run folder is made")
-        run = _open(args)
-        if nodes.here.rank == 0:
-            nodes.meet("the run folder is made")
+        run = enter_run(config)
+        _log_of(run, args)
+        place = ["--run", str(args.run)] if args.run else ["--config", str(args.config), *args.overrides]
         with working_on(run, _name(args)):
-            return run_recipe(run, nodes)
+            return run_recipe(run, nodes, place)
 
 
 def _processes(args: argparse.Namespace) -> int:
-    from npd_ascend.config import load_config
     from npd_ascend.placement import listing
-    from npd_ascend.runfolder import reopen_run
 
-    _refuse_overrides_of_a_run(args)
-    print(listing(reopen_run(args.run).config if args.run else load_config(args.config, args.overrides)))
+    print(listing(_config(args)))
     return 0
 
 
@@ -313,12 +267,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from npd_ascend.config import load_config
     from npd_ascend.planner.command import print_plan
-    from npd_ascend.runfolder import reopen_run
 
-    _refuse_overrides_of_a_run(args)
-    print_plan(reopen_run(args.run).config if args.run else load_config(args.config, args.overrides))
+    print_plan(_config(args))
     return 0
 
 

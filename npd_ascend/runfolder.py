@@ -1,6 +1,7 @@
 """The run folder: where everything lies, whose configuration it is, and who is working on it."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,16 +87,31 @@ def worker_name(name: str, worker: int | None) -> str:
 
 def open_run(config: Config) -> RunFolder:
     """Make the folder or continue in it; UserError if it belongs to another configuration."""
-    run = RunFolder(config)
-    saved = run.path / "config.yaml"
-    changed = allowed_changes(config)
-    for key, old, new in changed:
-        _log.warning("%s: goes on with %s=%r instead of %r; equal up to rounding", run.path, key, new, old)
-    if changed or not saved.exists():
-        with commit_file(saved) as draft:
-            draft.write_text(dump_config(config))
-    run.logs.mkdir(exist_ok=True)
+    run = enter_run(config)
+    keep_config(run)
     return run
+
+
+def enter_run(config: Config) -> RunFolder:
+    """The same, but it belongs to this configuration only once that is kept: a check may yet refuse it."""
+    run = RunFolder(config)
+    for key, old, new in allowed_changes(config):
+        _log.warning("%s: goes on with %s=%r instead of %r; equal up to rounding", run.path, key, new, old)
+    try:
+        run.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.folder: {run.path}: {error.strerror}; set it to a folder that can be made") from None
+    if not os.access(run.logs, os.W_OK):
+        raise UserError(f"run.folder: {run.path}: it cannot be written; set run.folder to one that can")
+    return run
+
+
+def keep_config(run: RunFolder) -> None:
+    """The configuration as RUN/config.yaml, from which every process of the run reads it."""
+    saved, text = run.path / "config.yaml", dump_config(run.config)
+    if not saved.exists() or saved.read_text() != text:
+        with commit_file(saved) as draft:
+            draft.write_text(text)
 
 
 def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
@@ -111,7 +127,7 @@ def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
     if other := [f"{key} was {old!r}, is {new!r}" for key, old, new in changes if not _MAY_CHANGE.fullmatch(key)]:
         raise UserError(
             f"{saved}: this run was started with another configuration ({'; '.join(other[:3])}); "
-            f"set run.folder to a new folder or delete {config.run.folder}"
+            f"set run.folder to a new folder"
         )
     return changes
 

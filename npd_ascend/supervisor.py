@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,7 +17,7 @@ from npd_ascend.nodes import Nodes
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.placement import Process, place, recipe, share
 from npd_ascend.ray_nodes import RayProcess, join_cluster
-from npd_ascend.runfolder import RunFolder
+from npd_ascend.runfolder import RunFolder, keep_config
 
 _POLL_S = 0.1
 # how long the others may take to end after one was interrupted
@@ -24,15 +25,19 @@ _GRACE_S = 10
 _log = logging.getLogger(__name__)
 
 
-def run_recipe(run: RunFolder, nodes: Nodes) -> int:
+def run_recipe(run: RunFolder, nodes: Nodes, arguments: Sequence[str]) -> int:
     """SFT, rollouts, scoring and distillation, evaluation and report; returns the exit code.
 
+    arguments: of `npd run`, for the check; the folder keeps its configuration only if that lets it pass.
     Of several nodes each runs its share of every group, and begins the next when all have done theirs.
     """
-    if code := _check(run):
+    if code := _check(run, arguments):
         nodes.end(f"the check before the run ended with exit code {code}, for a reason that it said there")
         return code
     nodes.meet("the check before the run")
+    if nodes.here.rank == 0:
+        keep_config(run)
+    nodes.meet("the configuration is kept")
     if run.config.processes.ray:
         join_cluster(run.config)
     for number, group in enumerate(recipe(run.config), 1):
@@ -88,9 +93,9 @@ def _run_group(run: RunFolder, group: list[Process], nodes: Nodes) -> int:
     return 0
 
 
-def _check(run: RunFolder) -> int:
+def _check(run: RunFolder, arguments: Sequence[str]) -> int:
     """`npd run --dry-run` in a process that ends: it loads the teacher, and this one would hold that memory."""
-    command = [sys.executable, "-m", "npd_ascend", "run", "--dry-run", "--run", str(run.path)]
+    command = [sys.executable, "-m", "npd_ascend", "run", "--dry-run", *arguments]
     code = subprocess.run(command, preexec_fn=_end_with_parent, check=False).returncode
     if code < 0:
         raise UserError(

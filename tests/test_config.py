@@ -147,3 +147,19 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_anything_starts(key, tm
     assert f"kernels.{key}: npu cannot run here: it needs an Ascend NPU, and the tensors are on cpu" in said
     assert "Traceback" not in said
     assert not (folder / "weights").exists()
+    # and the folder is still free for what was meant
+    assert main(["run", "--dry-run", "--config", str(ADDITION), f"run.folder={folder}"]) == 0
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "/proc/run"])
+def test_a_folder_that_cannot_be_made_is_told(place, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    folder = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run"}.get(place, place)
+    assert main(["sft", "--config", str(TEACHER), f"run.folder={folder}"]) == 2
+    assert f"run.folder: {folder}: " in capsys.readouterr().err
+
+
+def test_a_set_that_the_run_does_not_have_is_told(tmp_path, capsys):
+    open_run(load_config(ADDITION, [f"run.folder={tmp_path / 'run'}"]))
+    assert main(["rollout", "--run", str(tmp_path / "run"), "--set", "7"]) == 2
+    assert "--set 7: the run has 2, counted from 0" in capsys.readouterr().err
