@@ -22,7 +22,7 @@ _ANCHOR = "\U0010ffff"
 
 def is_pangu(folder: Path) -> bool:
     """Whether tokenizer_config.json names openPangu's own class."""
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     return config.get("tokenizer_class") == "PanguTokenizer"
 
 
@@ -44,7 +44,7 @@ class PanguTokenizer:
     def __init__(self, folder: Path):
         import sentencepiece
 
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         file = folder / "tokenizer.model"
         if not file.exists():
             raise UserError(f"{file}: no such file; openPangu's tokenizer is this SentencePiece model")
@@ -139,11 +139,15 @@ def _content(token: str | dict | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """An object of settings; UserError for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); copy it from the published model again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: want an object of settings; copy it from the published model again")
+    return content
 
 
 def _read_text(path: Path) -> str | None:

@@ -1,11 +1,10 @@
 """The tokenizer of a model folder, its chat format, and the first thing in which two of them differ."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from npd_ascend.errors import UserError
-from npd_ascend.pangu_tokenizer import PanguTokenizer, is_pangu, split_thinking
+from npd_ascend.pangu_tokenizer import PanguTokenizer, is_pangu, read_json, split_thinking
 
 
 class ChatTokenizer:
@@ -103,17 +102,26 @@ class ChatTokenizer:
 
 
 def _fast_tokenizer(folder: Path):
+    config = read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").exists():
+        read_json(folder / "tokenizer.json")
     # AutoTokenizer imports generation and the model classes, three seconds of every process. Where the folder names the
     # class that is tokenizer.json as it stands, that is what it would give.
-    if _names_plain_class(folder):
-        from transformers import PreTrainedTokenizerFast
+    plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    try:
+        return (_load_plain if plain else _load_any)(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: no tokenizer can be made of it ({reason}); want its tokenizer.json") from None
 
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+def _load_plain(folder: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _load_any(folder: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def _names_plain_class(folder: Path) -> bool:
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    return config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")

@@ -153,3 +153,20 @@ def test_tokenizers_that_disagree_are_told_apart(tokenizer, addition_student, da
         (addition_student / "tokenizer_config.json").unlink()
         with pytest.raises(UserError, match=r"tokenizer_config.json: no such file"):
             ChatTokenizer(addition_student)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("tokenizer.json", None, "no tokenizer can be made of it"),
+        ("tokenizer.json", "{", "tokenizer.json: not JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: want an object of settings"),
+        ("tokenizer.json", "{}", "no tokenizer can be made of it"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(addition_student, name, text, said):
+    file = addition_student / name
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        ChatTokenizer(addition_student)
+    assert "\n" not in str(error.value)
