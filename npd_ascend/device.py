@@ -116,7 +116,7 @@ def this_node() -> Node:
     """NODE_RANK of NNODES, which meet at MASTER_ADDR:MASTER_PORT; UserError if they contradict each other."""
     counted, numbered = os.environ.get("NNODES", "1"), os.environ.get("NODE_RANK", "0")
     port = os.environ.get("MASTER_PORT", "29500")
-    for name, value in (("NNODES", counted), ("NODE_RANK", numbered), ("MASTER_PORT", port)):
+    for name, value in (("NNODES", counted), ("NODE_RANK", numbered)):
         if not value.isdecimal():
             raise UserError(f"{name}={value}: want a number; see launch/npd_cluster.sh")
     count, rank = int(counted), int(numbered)
@@ -124,6 +124,9 @@ def this_node() -> Node:
         raise UserError(f"NODE_RANK={rank} of NNODES={count}: nodes are counted from 0; set one of them right")
     if count == 1:
         return Node()
+    # a single node may have it for another purpose: Kubernetes sets it for a service of that name
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"MASTER_PORT={port}: want a number from 1 to 65535; see launch/npd_cluster.sh")
     if not (address := os.environ.get("MASTER_ADDR")):
         raise UserError(f"NNODES={count} and no MASTER_ADDR; set it to the address of node 0 on every node")
     return Node(rank, count, address, int(port))

@@ -167,6 +167,7 @@ def test_the_script_says_what_it_wants(variables):
         ({"NODE_RANK": "2"}, "NODE_RANK=2 of NNODES=2: nodes are counted from 0"),
         ({"MASTER_ADDR": ""}, "NNODES=2 and no MASTER_ADDR; set it to the address of node 0"),
         ({"MASTER_PORT": "-1"}, "MASTER_PORT=-1: want a number"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999: want a number from 1 to 65535"),
     ],
 )
 def test_variables_that_contradict_each_other(two_nodes, monkeypatch, variables, said):
@@ -174,6 +175,11 @@ def test_variables_that_contradict_each_other(two_nodes, monkeypatch, variables,
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
         this_node()
+
+
+def test_a_single_node_does_not_mind_what_others_keep_in_master_port(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:29500")
+    assert this_node() == Node()
 
 
 @pytest.mark.parametrize(
