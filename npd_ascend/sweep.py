@@ -106,7 +106,7 @@ def _check(sweep: SweepConfig, run: _Run) -> None:
 
 def _do(sweep: SweepConfig, run: _Run) -> None:
     """One run in a process of its own, with what it says in a file beside its folder."""
-    log = run.folder.with_suffix(".log")
+    log = run.folder.with_name(f"{run.folder.name}.log")  # a name may hold dots
     command = [sys.executable, "-m", "npd_ascend"]
     if sweep.source:
         command += ["replay", "--run", str(sweep.source), str(run.folder), *run.overrides]
@@ -127,10 +127,10 @@ def _outcome(run: _Run) -> Outcome:
         seed=run.seed,
         sft=summary["scores"]["sft"],
         npd=summary["scores"]["npd"],
-        grpo=summary["scores"]["grpo"],
+        grpo=summary["scores"].get("grpo"),  # not there in folders of older versions
         heldout_kl=summary["heldout_kl"]["last"],
         drift_max=summary["drift_max"],
         kept_share=summary["kept_share"],
-        tokens_trained=summary["tokens"]["trained_by_stage"]["npd"],
-        steps=summary["steps"]["npd"],
+        npd_tokens=summary["tokens"]["trained_by_stage"]["npd"],
+        npd_steps=summary["steps"]["npd"],
     )

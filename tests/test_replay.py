@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import CONFIGS
 
-from npd_ascend.config import load_yaml
+from npd_ascend.config import load_config, load_yaml
 from npd_ascend.replay import plan_replay
 from npd_ascend.runfolder import reopen_run
 from npd_ascend.sweep import SweepConfig
@@ -162,29 +162,30 @@ def sweep_file(folder: Path, source: Path, variants: dict) -> Path:
 
 
 def test_a_sweep_is_its_replays_in_one_table(one_set, tmp_path):
-    file = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0": ["npd.lambda=0", "filters.tau=null"]})
+    file = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0.0": ["npd.lambda=0", "filters.tau=null"]})
     done = npd("sweep", file, "--jobs", "2")
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in table] == ["| variant", "| ---", "| as recorded", "| λ = 0"]
+    assert [line.split(" | ")[0] for line in table] == ["| variant", "| ---", "| as recorded", "| λ = 0.0"]
     assert "npd.lambda=0" in table[3]
     outcomes = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [(row["variant"], row["seed"]) for row in outcomes] == [
-        (name, seed) for name in ("as recorded", "λ = 0") for seed in (0, 1)
+        (name, seed) for name in ("as recorded", "λ = 0.0") for seed in (0, 1)
     ]
-    replayed = tmp_path / "sweep" / "0-seed1"
+    replayed = tmp_path / "sweep" / "0.0-seed1"
+    assert all((tmp_path / "sweep" / f"0.0-seed{seed}.log").exists() for seed in (0, 1))
     summary = json.loads((replayed / "summary.json").read_text())
     assert outcomes[3]["heldout_kl"] == summary["heldout_kl"]["last"]
     assert outcomes[3]["npd"] == summary["scores"]["npd"]
     mean = (outcomes[2]["heldout_kl"] + outcomes[3]["heldout_kl"]) / 2
     assert f"| {mean:,.4f} ± " in table[3]
     assert (tmp_path / "sweep" / "sweep.html").read_text().count("<svg") == 2
-    changed = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0": ["npd.lambda=0.1", "filters.tau=null"]})
+    changed = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0.0": ["npd.lambda=0.1", "filters.tau=null"]})
     done = npd("sweep", changed)
     assert done.returncode == 2
-    assert "variant 'λ = 0': " in done.stderr
+    assert "variant 'λ = 0.0': " in done.stderr
     assert "npd.lambda was 0.0, is 0.1" in done.stderr
-    file = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0": ["npd.lambda=0", "filters.tau=null"]})
+    file = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0.0": ["npd.lambda=0", "filters.tau=null"]})
     before = (replayed / "student" / "model.safetensors").stat().st_mtime_ns
     assert npd("sweep", file).returncode == 0  # what is there is not made again
     assert (replayed / "student" / "model.safetensors").stat().st_mtime_ns == before
@@ -233,10 +234,14 @@ def test_a_sweep_of_whole_runs(tmp_path):
         assert "want source, a recorded run to replay, or config, the YAML of runs" in done.stderr
 
 
-def test_the_sweep_that_comes_with_the_project_would_begin(cycle, tmp_path):
-    sweep = load_yaml(SweepConfig, CONFIGS / "sweep/addition.yaml", ())
+@pytest.mark.parametrize("file", sorted((CONFIGS / "sweep").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_sweeps_that_come_with_the_project_would_begin(cycle, tmp_path, file):
+    sweep = load_yaml(SweepConfig, file, ())
     for overrides in sweep.variants.values():
-        plan_replay(cycle, tmp_path / "replay", overrides)
+        if sweep.source:
+            plan_replay(cycle, tmp_path / "replay", overrides)
+        else:
+            load_config(CONFIGS.parent / sweep.config, overrides)
 
 
 def test_a_damaged_shard_is_not_replayed(one_set, tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ class Outcome:
     heldout_kl: float | None  # nats/token, to the teacher's top-k; for all replays of a run on the same answers
     drift_max: float | None  # nats/token, KL(current || generator)
     kept_share: float | None  # of the training rollouts
-    tokens_trained: int
-    steps: int
+    npd_tokens: int  # trained on
+    npd_steps: int
 
 
 # field, its heading, digits; a column without any value is left out
@@ -35,9 +35,10 @@ _COLUMNS = (
     ("heldout_kl", "held-out KL, nats/token", 4),
     ("drift_max", "largest drift, nats/token", 3),
     ("kept_share", "kept", 3),
-    ("steps", "steps of NPD", 0),
+    ("npd_steps", "steps of NPD", 0),
 )
 _DRAWN = {"npd": "exact match after NPD", "grpo": "exact match after GRPO", "heldout_kl": "held-out KL, nats/token"}
+_DRAWN_OF_SFT = {"sft": "exact match after SFT"}  # where nothing came after it
 
 
 def write_sweep_report(
@@ -59,16 +60,21 @@ def write_sweep_report(
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
     with commit_file(folder / "sweep.md") as draft:
         draft.write_text("\n".join([*lines, "", f"{_said(outcomes)} {origin}"]) + "\n")
-    figures = [
-        (heading, drawn)
-        for field, heading in _DRAWN.items()
-        if (drawn := dots({name: _values(outcomes, name, field) for name in variants}, heading))
-    ]
+    figures = _figures(_DRAWN, variants, outcomes) or _figures(_DRAWN_OF_SFT, variants, outcomes)
     with commit_file(folder / "sweep.html") as draft:
         page = load_template("sweep.html.j2").render(
             origin=origin, headings=headings, rows=rows, figures=figures, said=_said(outcomes)
         )
         draft.write_text(page, encoding="utf-8")
+
+
+def _figures(drawn: Mapping[str, str], variants: Iterable[str], outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """(heading, SVG) of every field that has values."""
+    pictures = {
+        heading: dots({name: _values(outcomes, name, field) for name in variants}, heading)
+        for field, heading in drawn.items()
+    }
+    return [(heading, picture) for heading, picture in pictures.items() if picture]
 
 
 def _values(outcomes: Sequence[Outcome], variant: str, field: str) -> list[float]:
