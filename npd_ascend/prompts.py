@@ -111,7 +111,9 @@ def read_prompts(
             Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, answer=answer, heldout=role == "heldout")
         )
     if not prompts:
-        raise UserError(f"{key}: {getattr(source, 'path', source.kind)} gives no prompt")
+        raise UserError(
+            f"{key}: {getattr(source, 'path', source.kind)} gives no prompt; add lines, or name another source"
+        )
     return prompts
 
 
@@ -127,7 +129,7 @@ def _jsonl(source: JsonlSource) -> Iterator[tuple[str, str, str, str | None]]:
         # not splitlines(): JSON strings may hold the other line separators of Unicode
         lines = source.path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise UserError(f"{source.path}: no such file") from None
+        raise UserError(f"{source.path}: no such file; set the path of that source in data") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{source.path}: not a UTF-8 text file ({error})") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -139,7 +141,9 @@ def _jsonl(source: JsonlSource) -> Iterator[tuple[str, str, str, str | None]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON ({error})") from None
+            raise UserError(
+                f"{place}: not JSON ({error}); want one object per line, with a text under prompt"
+            ) from None
         text = row.get(source.prompt_key) if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{place}: no text under {source.prompt_key!r}; set prompt_key or mend the line")

@@ -189,10 +189,10 @@ def dots(values: Mapping[str, Sequence[float]], label: str) -> Markup | None:
 
 
 def histogram_range(version: Version) -> tuple[float, float]:
-    """Room for both thresholds and for all but the outermost 0.2 % of the values, which stand in the end bins."""
+    """Room for both thresholds and for 96 % of the values at least; those beyond stand in the end bins."""
     values = np.concatenate(list(version.deltas.values()))
-    low, high = np.quantile(values, [0.001, 0.999])
-    low, high = min(low, 0.0), max(high, version.limit or 0.0)
+    low, high = np.quantile(values, [0.02, 0.98])
+    low, high = min(low, 0.0), max(high, 1.2 * (version.limit or 0.0))
     margin = 0.04 * max(high - low, 1e-6)
     return float(low - margin), float(high + margin)
 

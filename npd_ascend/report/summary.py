@@ -122,7 +122,7 @@ def terminal_table(config: Config, summary: dict) -> str:
     kl, share, tokens = summary["heldout_kl"], summary["kept_share"], summary["tokens"]
     facts = {
         "tokens trained": f"{tokens['trained']:,}" if tokens["trained"] else "-",
-        "wall seconds": f"{summary['seconds_total']:,.0f}" if summary["seconds"] else "-",
+        "seconds in stages": f"{summary['seconds_total']:,.0f}" if summary["seconds"] else "-",
     }
     if config.npd:
         change = f"{kl['first']:.3f} -> {kl['last']:.3f} nats/token" if kl["first"] is not None else "-"
