@@ -86,6 +86,7 @@ class NpdConfig(TrainConfig):
     stream: StreamConfig | None = None  # in the place of refresh_after and packs_per_step
     lambda_: float = Field(0.9, ge=0, le=1, alias="lambda")
     targets: Literal["renormalised", "tail"] = "renormalised"
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"  # the last two want targets: tail
 
     def generator_of(self, number: int) -> int:
         """The weight version that generates set `number` of the schedule without stream."""
@@ -106,6 +107,15 @@ class NpdConfig(TrainConfig):
             if raw.get(key) not in (None, (), unset):
                 raise ValueError(f"{key} is not for npd.stream, which goes by steps of whole shards; set it to {unset}")
         return raw | {"refresh_after": ()}
+
+    @model_validator(mode="after")
+    def _divergence_has_whole_distributions(self):
+        if self.divergence != "forward" and self.targets != "tail":
+            raise ValueError(
+                f"divergence={self.divergence} weighs what the student gives to all other tokens, which "
+                f"targets={self.targets} does not hold; set targets: tail"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refreshes_inside(self):

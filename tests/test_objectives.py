@@ -12,7 +12,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Kernels
 from npd_ascend.model.load import load_decoder
 from npd_ascend.records import Sample
-from npd_ascend.trainer.objectives import Objective, batch_loss, make_batch, weight_sum
+from npd_ascend.trainer.objectives import Objective, batch_loss, divergence, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.schedule import learning_rate
 from npd_ascend.trainer.step import train_step
@@ -20,13 +20,13 @@ from npd_ascend.trainer.step import train_step
 CPU = torch.device("cpu")
 
 
-def _one_token(logits, target, topk, lambda_, targets="renormalised"):
+def _one_token(logits, target, topk, lambda_, targets="renormalised", divergence="forward"):
     """Loss of one answer token whose student logits are `logits`."""
     ids, probs = np.array([list(topk)], np.int32), np.log(np.array([list(topk.values())], np.float32))
     sample = Sample(
         sample_id="a", token_ids=(0, target), prompt_len=1, teacher_topk_ids=ids, teacher_topk_logprobs=probs
     )
-    objective = Objective(lambda_=lambda_, targets=targets)
+    objective = Objective(lambda_=lambda_, targets=targets, divergence=divergence)
     batch = make_batch([sample], objective, CPU)
     weight_VD = torch.tensor(logits)[:, None]
     return float(batch_loss(torch.ones(1, 1), weight_VD, batch, objective)[0])
@@ -46,6 +46,52 @@ def test_tail_bucket_by_hand():
     kl = 0.6 * math.log(0.6 / 0.5) + 0.2 * math.log(0.2 / 0.15) + 0.2 * math.log(0.2 / 0.35)
     wanted = 0.1 * -math.log(0.3) + 0.9 * kl
     assert _one_token(LOGITS, 1, {0: 0.6, 2: 0.2}, 0.9, "tail") == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["reverse", "jsd"])
+def test_other_divergences_by_hand(kind):
+    teacher, student = [0.6, 0.2, 0.2], [0.5, 0.15, 0.35]  # tokens 0 and 2, and the rest
+    mean = [(p + q) / 2 for p, q in zip(teacher, student, strict=True)]
+
+    def kl(left, right):
+        return sum(p * math.log(p / q) for p, q in zip(left, right, strict=True))
+
+    wanted = {"reverse": kl(student, teacher), "jsd": (kl(teacher, mean) + kl(student, mean)) / 2}[kind]
+    got = _one_token(LOGITS, 1, {0: 0.6, 2: 0.2}, 1.0, "tail", kind)
+    assert got == pytest.approx(wanted, rel=1e-5)
+    assert abs(got - kl(teacher, student)) > 1e-3 * got  # the forward one would be seen
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_divergences_have_the_gradient_of_float64(kind):
+    """Also where the teacher has no tail, and the student's is rounding."""
+    random = torch.Generator().manual_seed(0)
+    teacher = torch.rand(50, 6, generator=random, dtype=torch.float64).pow(4)
+    teacher[:10, -1] = 0
+    teacher /= teacher.sum(-1, keepdim=True)
+    logits = torch.randn(50, 6, generator=random, dtype=torch.float64) * 3
+    exact, plain = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    floor = teacher.clamp(min=1e-6)
+    p, log_q = teacher, exact.log_softmax(-1)
+    q, middle = log_q.exp(), (p + log_q.exp()) / 2
+    wanted = {
+        "forward": (torch.special.xlogy(p, p) - p * log_q).sum(),
+        "reverse": (q * (log_q - floor.log())).sum(),
+        "jsd": 0.5 * (torch.special.xlogy(p, p) - torch.special.xlogy(p, middle)).sum()
+        + 0.5 * (q * (q / middle).log()).sum(),
+    }[kind]
+    wanted.backward()
+    divergence(teacher.float(), plain.log_softmax(-1), kind).sum().backward()
+    assert (plain.grad - exact.grad).abs().max() < 1e-5 * exact.grad.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["reverse", "jsd"])
+def test_another_divergence_does_not_depend_on_packs(kind):
+    objective = Objective(lambda_=0.9, targets="tail", divergence=kind)
+    (wanted_loss, wanted), (loss, grads) = (_gradients(split, objective) for split in ([SAMPLES], SPLITS["uneven"]))
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    for name, grad in wanted.items():
+        assert (grads[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-9, name
 
 
 @pytest.mark.parametrize("targets", ["renormalised", "tail"])

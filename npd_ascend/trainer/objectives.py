@@ -4,9 +4,10 @@ NPD, per answer token with sampled token y and the teacher's top-k set C (NPD pa
     L = (1-λ)·(-log p_S(y)) + λ·Σ_{c∈C} p_T(c)·(log p_T(c) - log p_S(c))
 is a cross-entropy against the sparse soft target {y: 1-λ} ∪ {c: λ·p_T(c)} plus a constant. SFT is λ = 0
 without C. p_S is over the full vocabulary; p_T is renormalised over C, or keeps its full-vocabulary
-values with one tail bucket for everything outside C (`targets: tail`).
+values with one tail bucket for everything outside C (`targets: tail`). With the tail both are distributions over k + 1
+outcomes, and the KL may be turned round or be Jensen and Shannon's (`divergence`).
 
-Dimensions: A answer tokens of a pack, K = teacher's top-k, S = K + 1 target slots.
+Dimensions: A answer tokens of a pack, K = teacher's top-k, S = K + 1 target slots, O = K + 1 outcomes, the tail last.
 """
 
 import math
@@ -23,7 +24,7 @@ from npd_ascend.records import Sample
 from npd_ascend.trainer.policy_loss import PolicyTargets, policy_loss, watched_names
 from npd_kernels.token_loss import VocabShard, token_logprobs, token_loss
 
-# Below this the student's tail mass is rounding noise of 1 - sum(p).
+# Below this the mass of a tail is rounding noise of 1 - sum(p).
 _TAIL_FLOOR = 1e-6
 
 
@@ -33,6 +34,7 @@ class Objective:
 
     lambda_: float = 0.0
     targets: str = "renormalised"  # or "tail"
+    divergence: str = "forward"  # with "tail" also "reverse", "jsd"
     normalise: str = "token"  # weight of a token: token 1, sample 1/len, sqrt 1/sqrt(len)
     loss_impl: str = "chunked"
     grpo: GrpoConfig | None = None  # then nothing above but normalise counts
@@ -46,7 +48,13 @@ class Objective:
 def npd_objective(config: Config) -> Objective:
     """What the npd section asks for."""
     npd = config.npd
-    return Objective(lambda_=npd.lambda_, targets=npd.targets, normalise=npd.normalise, loss_impl=config.kernels.loss)
+    return Objective(
+        lambda_=npd.lambda_,
+        targets=npd.targets,
+        divergence=npd.divergence,
+        normalise=npd.normalise,
+        loss_impl=config.kernels.loss,
+    )
 
 
 def grpo_objective(config: Config) -> Objective:
@@ -147,9 +155,23 @@ def soft_target(batch: Batch, lambda_: float) -> tuple[torch.Tensor, torch.Tenso
 def _tail_loss(hidden_AD, weight_VD, batch: Batch, objective: Objective, shard: VocabShard | None) -> torch.Tensor:
     logprobs_AS = token_logprobs(hidden_AD, weight_VD, batch.target_ids_AS, shard=shard, impl=objective.loss_impl)
     given_A, topk_AK, probs_AK = logprobs_AS[:, 0], logprobs_AS[:, 1:], batch.teacher_probs_AK
-    teacher_tail_A = (1 - probs_AK.sum(-1)).clamp(min=0)
-    student_tail_A = (1 - topk_AK.exp().sum(-1)).clamp(min=_TAIL_FLOOR)
-    kl_A = torch.xlogy(probs_AK, probs_AK).sum(-1) - (probs_AK * topk_AK).sum(-1)
-    kl_A = kl_A + torch.xlogy(teacher_tail_A, teacher_tail_A) - teacher_tail_A * student_tail_A.log()
-    loss_A = -(1 - objective.lambda_) * given_A + objective.lambda_ * kl_A
+    teacher_tail_A1 = (1 - probs_AK.sum(-1, keepdim=True)).clamp(min=0)
+    student_tail_A1 = (1 - topk_AK.exp().sum(-1, keepdim=True)).clamp(min=_TAIL_FLOOR)
+    divergence_A = divergence(
+        torch.cat([probs_AK, teacher_tail_A1], 1), torch.cat([topk_AK, student_tail_A1.log()], 1), objective.divergence
+    )
+    loss_A = -(1 - objective.lambda_) * given_A + objective.lambda_ * divergence_A
     return (batch.token_weight_A * loss_A).sum()
+
+
+def divergence(teacher_AO: torch.Tensor, student_log_AO: torch.Tensor, kind: str) -> torch.Tensor:
+    """float32 [A], nats: KL(teacher || student) (forward), KL(student || teacher) (reverse), or jsd, the mean of the KL
+    of both to their mean (Lin 1991). teacher_AO: probabilities. student_log_AO: logarithms of probabilities."""
+    if kind == "forward":
+        return (torch.xlogy(teacher_AO, teacher_AO) - teacher_AO * student_log_AO).sum(-1)
+    student_AO = student_log_AO.exp()
+    if kind == "reverse":
+        return (student_AO * (student_log_AO - teacher_AO.clamp(min=_TAIL_FLOOR).log())).sum(-1)
+    mean_log_AO = ((teacher_AO + student_AO) / 2).log()
+    both_AO = torch.xlogy(teacher_AO, teacher_AO) + student_AO * student_log_AO
+    return (both_AO - (teacher_AO + student_AO) * mean_log_AO).sum(-1) / 2
