@@ -22,7 +22,7 @@ from npd_ascend.records import Sample
 collect_ignore = ["ascend", "ascend_wheel", "cuda", "npu"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 SLOW = os.environ.get("NPD_SLOW") == "1"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two test processes run side by side on two cores
 
 
 def pytest_collection_modifyitems(config, items):

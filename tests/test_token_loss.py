@@ -192,7 +192,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def _peak_bytes(tokens):
     script = Path(__file__).parent.parent / "benchmarks" / "train_step.py"
-    command = [sys.executable, str(script), "--loss-memory", str(tokens), "--hidden", "64"]
+    command = [sys.executable, str(script), "--threads", "1", "--loss-memory", str(tokens), "--hidden", "64"]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
