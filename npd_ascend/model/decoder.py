@@ -132,7 +132,8 @@ class Decoder(nn.Module):
     def _rotary(self, cu_seqlens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self.embed.weight
         lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(weight.device)
+        # made there: a copy from the host would wait for all that the device has still to do
+        positions_T = torch.cat([torch.arange(length, device=weight.device) for length in lengths])
         half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=weight.device)
         frequency_h = 1.0 / self.config.rope_theta ** (half / self.config.head_dim)
         angle_TH = torch.outer(positions_T.float(), frequency_h).repeat(1, 2)

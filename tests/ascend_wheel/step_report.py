@@ -27,6 +27,7 @@ def main() -> None:
     with tracing() as watch:
         model, batch = fake_decoder(PANGU_1B, "selective", mesh), fake_batch(PACK, 10, mesh)
         optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
+        watch.waits.clear()
         train_step(model, [batch], optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
     dist.destroy_process_group()  # the planner has a silent one of its own
     layout = Layout(tp=2, dp=1, sequence_parallel=True, recompute="selective", pack_tokens=sum(PACK))
@@ -46,7 +47,7 @@ def main() -> None:
     for name, count in sorted(own.items(), key=lambda item: -item[1]):
         print(f"  {name:<44}{count:>6}")
     print(f"  {'of torch itself, kinds':<44}{len(watch.operators) - len(own):>6}")
-    print(f"  {'reads of the device by the host in the step':<44}{len(watch.host_reads):>6}")
+    print(f"  {'waits of the host for the device in the step':<44}{len(watch.waits):>6}")
     print(f"  planned peak of the rank {memory.peak / 2**30:.1f} GiB, counted and not measured")
 
 

@@ -24,6 +24,7 @@ def _layer(config=ONE_LAYER):
     """(model with gradients, what was seen) of forward and backward of a layer, the last norm and the loss."""
     with tracing() as watch:
         model, batch = fake_decoder(config), fake_batch(LENS, top_k=10)
+        watch.waits.clear()
         hidden_TD = model(batch.layout.token_ids_T, batch.layout.cu_seqlens)
         loss_sum, _ = batch_loss(hidden_TD[batch.layout.predict_A], model.head_weight_VD, batch, objective())
         loss_sum.backward()
@@ -63,7 +64,7 @@ def test_the_fused_operators_run_forward_and_backward_and_nothing_waits_for_the_
     backward = {f"{name}_backward": count for name, count in forward.items() if name != "npu_fusion_attention"}
     backward["npu_fusion_attention_grad"] = 1
     assert {name: watch.operators[f"npu::{name}"] for name in forward | backward} == forward | backward
-    assert watch.host_reads == []
+    assert watch.waits == []
 
 
 def _with_layout(layout):
@@ -92,13 +93,19 @@ def test_planted_dtypes_and_layouts_fail(module, name, mistake, said, monkeypatc
 
 @pytest.mark.parametrize(
     "read",
-    [lambda x: x.sum().item(), lambda x: x[0, :3].tolist(), lambda x: float(x.detach().sum()), lambda x: x.cpu()],
-    ids=["item", "tolist", "float", "cpu"],
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[0, :3].tolist(),
+        lambda x: float(x.detach().sum()),
+        lambda x: x.cpu(),
+        lambda x: torch.arange(3).to(x.device),
+    ],
+    ids=["item", "tolist", "float", "cpu", "from the host"],
 )
 def test_planted_waits_are_seen(read, monkeypatch):
     swiglu = layer_ops.swiglu
     monkeypatch.setattr(layer_ops, "swiglu", lambda x: (read(x), swiglu(x))[1])
-    assert _layer()[1].host_reads
+    assert _layer()[1].waits
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +122,25 @@ def meshes():
 
 
 @pytest.mark.parametrize(
-    ("layout", "recompute"), [("alone", "off"), ("tp 2", "selective"), ("tp 2, dp 2, sequence", "full")]
+    ("layout", "recompute", "packs"),
+    [("alone", "off", 2), ("tp 2", "selective", 1), ("tp 2, dp 2, sequence", "full", 2)],
 )
-def test_a_whole_step_of_openpangu_1b(layout, recompute, meshes):
+def test_a_whole_step_of_openpangu_1b(layout, recompute, packs, meshes):
     mesh, layers = meshes[layout], PANGU_1B.num_layers
     with tracing() as watch:
-        model, batch = fake_decoder(PANGU_1B, recompute, mesh), fake_batch([1024] * 3 + [333], 10, meshes[layout])
+        model = fake_decoder(PANGU_1B, recompute, mesh)
+        batches = [fake_batch([1024] * 3 + [333], 10, mesh) for _ in range(packs)]
         optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
-        train_step(model, [batch], optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
-    assert watch.operators["npu::npu_fusion_attention_grad"] == layers
-    assert watch.operators["npu::npu_rms_norm_backward"] == 2 * layers + 1
-    assert watch.operators["npu::npu_rotary_mul_backward"] == 2 * layers
-    assert watch.operators["npu::npu_swiglu_backward"] == layers
+        watch.waits.clear()
+        train_step(model, batches, optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
+    assert watch.operators["npu::npu_fusion_attention_grad"] == packs * layers
+    assert watch.operators["npu::npu_rms_norm_backward"] == packs * (2 * layers + 1)
+    assert watch.operators["npu::npu_rotary_mul_backward"] == packs * 2 * layers
+    assert watch.operators["npu::npu_swiglu_backward"] == packs * layers
     # a group with weight decay and one without
     assert watch.operators["aten::_fused_adamw_"] == 2
     assert torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adamw_", "PrivateUse1")
-    # the loss and the norm of the gradient, once a step
-    assert watch.host_reads == ["aten::_local_scalar_dense"] * 2
+    # the loss and the norm of the gradient, once a step, however many packs it has
+    assert watch.waits == ["aten::_local_scalar_dense"] * 2
     if mesh.tp > 1:
         assert any(name.startswith("c10d::") for name in watch.operators)

@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators: Counter[str] = Counter()
-        self.host_reads: list[str] = []
+        self.waits: list[str] = []
         self.fused_calls: list[tuple[str, dict]] = []  # torch_npu's own operators with their arguments by name
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -53,12 +53,13 @@ class Watch(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             self.fused_calls.append((name.removeprefix("npu::"), {**dict(zip(names, args, strict=False)), **kwargs}))
         if name == "aten::_local_scalar_dense":  # item(), tolist(), float(), bool()
-            self.host_reads.append(name)
+            self.waits.append(name)
             return 1.0
         out = func(*args, **kwargs)
-        if name in ("aten::_to_copy", "aten::copy_") and isinstance(out, torch.Tensor) and out.device.type == "cpu":
-            sources = [x for x in args if isinstance(x, torch.Tensor) and x.device.type != "cpu"]
-            self.host_reads += [name] * bool(sources)
+        # in either direction torch_npu waits for the stream first (aclrtSynchronizeStream in its CopyKernelOpApi.cpp)
+        if name in ("aten::_to_copy", "aten::copy_") and not kwargs.get("non_blocking"):
+            kinds = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor)}
+            self.waits += [name] * (len(kinds) > 1)
         return out
 
 
