@@ -182,6 +182,8 @@ LOSS = {
     "plain (full logits)": _plain_loss,
     "npd chunked": _token_loss("chunked"),
     "npd triton": _token_loss("triton"),
+    "npd npu": _token_loss("npu"),
+    "npd mindspeed": _token_loss("mindspeed"),
     "hard labels: plain": _plain_labels,
     "hard labels: Liger": _liger_labels,
     "hard labels: cut-cross-entropy": _cut_labels,

@@ -40,7 +40,7 @@ class KernelConfig(Section):
     """Implementations of npd_kernels; one that cannot run on the device is refused before anything starts."""
 
     attention: Literal["reference", "sdpa", "triton", "npu"] = "sdpa"
-    loss: Literal["reference", "chunked", "triton"] = "chunked"
+    loss: Literal["reference", "chunked", "triton", "npu", "mindspeed"] = "chunked"
     layer: Literal["torch", "npu"] = "torch"  # norm, rotary embedding, gated activation
 
 
@@ -233,6 +233,11 @@ class Config(Section):
             raise ValueError(
                 f"filters.max_tokens={self.filters.max_tokens} lets through samples that no pack of "
                 f"npd.pack_tokens={self.npd.pack_tokens} can hold; lower the first or raise the second"
+            )
+        if self.kernels.loss in ("npu", "mindspeed") and self.student.dtype == "float32":
+            raise ValueError(
+                f"kernels.loss={self.kernels.loss} adds products of bfloat16 to float32 sums, and student.dtype is "
+                f"float32; set student.dtype: bfloat16, or kernels.loss: chunked"
             )
         if self.filters.tau_mode == "quantile" and (self.filters.tau or 0) > 1:
             raise ValueError(f"filters.tau={self.filters.tau} is no quantile; it must lie between 0 and 1")

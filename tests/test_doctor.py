@@ -133,6 +133,7 @@ def test_the_first_version_that_differs_is_named():
     assert version_finding("requirements-npu.txt", "failed", row.get).status == "ok"
     local = row | {"torch": row["torch"] + "+cpu", "mindspeed": None}  # a build of the same, and what may be missing
     assert version_finding("requirements-npu.txt", "failed", local.get).status == "ok"
+    assert row["mindspeed"] == "0.16.0"  # of setup.py in its branch core_r0.16.0, and so what an installed one says
     older = version_finding("requirements-npu.txt", "failed", (row | {"torch-npu": "2.9.0", "vllm": "0.1"}).get)
     assert older.status == "failed"
     assert older.detail.startswith("torch-npu is 2.9.0, requirements-npu.txt says 2.10.0.post4; ")

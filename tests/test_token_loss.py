@@ -186,7 +186,7 @@ def test_shapes_that_do_not_fit_are_refused():
         token_loss(hidden, weight[:, :3], ids, weights, token_weight, impl="chunked")
     with pytest.raises(ValueError, match="one dtype"):
         token_loss(hidden.bfloat16(), weight, ids, weights, token_weight, impl="chunked")
-    with pytest.raises(ValueError, match="choose one of reference, chunked, triton"):
+    with pytest.raises(ValueError, match="choose one of reference, chunked, triton, npu, mindspeed"):
         token_loss(hidden, weight, ids, weights, token_weight, impl="liger")
 
 

@@ -20,6 +20,8 @@ CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30, "npu": 2**30}
 ChunkLoss = Callable[
     [torch.Tensor, slice | torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
 ]
+# (sum_VD, d_logits_CV, hidden_CD): sum += d_logits^T hidden in place, sum float32
+AddProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def chunk_tokens(weight_VD: torch.Tensor) -> int:
@@ -37,10 +39,15 @@ def chunks(hidden_TD: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[tuple[s
 
 
 def streamed_loss(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, token_weight_T: torch.Tensor, chunk_loss: ChunkLoss
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    token_weight_T: torch.Tensor,
+    chunk_loss: ChunkLoss,
+    add_product: AddProduct | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss_sum, loss_T): float32, the weighted sum with gradients to hidden and weight, each token's loss detached.
 
+    add_product: how a chunk's part of dWeight is added to the sum; None: torch's products, in the dtype of the weight.
     Tokens of weight 0 are left out on CPU; elsewhere finding them would mean to wait for the device.
     """
     # parameters ask for gradients even where none are recorded, and forming them is most of the work
@@ -49,21 +56,25 @@ def streamed_loss(
     if token_weight_T.device.type == "cpu" and not token_weight_T.all():
         live_L = token_weight_T.nonzero()[:, 0]
         loss_sum, loss_L = _StreamedLoss.apply(
-            hidden_TD[live_L], weight_VD, token_weight_T[live_L], lambda z, at, scale: chunk_loss(z, live_L[at], scale)
+            hidden_TD[live_L],
+            weight_VD,
+            token_weight_T[live_L],
+            lambda z, at, scale: chunk_loss(z, live_L[at], scale),
+            add_product,
         )
         return loss_sum, torch.zeros_like(token_weight_T).index_copy_(0, live_L, loss_L)
-    return _StreamedLoss.apply(hidden_TD, weight_VD, token_weight_T, chunk_loss)
+    return _StreamedLoss.apply(hidden_TD, weight_VD, token_weight_T, chunk_loss, add_product)
 
 
 class _StreamedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, token_weight_T, chunk_loss):
+    def forward(ctx, hidden_TD, weight_VD, token_weight_T, chunk_loss, add_product):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         loss_T = torch.empty(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device)
         d_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
         # bfloat16 would lose the small chunks of a long sum
         d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        narrow = wants_weight and weight_VD.dtype != torch.float32
+        narrow = wants_weight and add_product is None and weight_VD.dtype != torch.float32
         product_VD = torch.empty_like(weight_VD) if narrow else None
 
         for tokens, logits_CV in chunks(hidden_TD, weight_VD):
@@ -73,6 +84,8 @@ class _StreamedLoss(torch.autograd.Function):
                 torch.mm(d_logits_CV, weight_VD, out=d_hidden_TD[tokens])
             if narrow:
                 d_weight_VD += torch.mm(d_logits_CV.T, hidden_TD[tokens], out=product_VD)
+            elif wants_weight and add_product:
+                add_product(d_weight_VD, d_logits_CV, hidden_TD[tokens])
             elif wants_weight:
                 d_weight_VD.addmm_(d_logits_CV.T, hidden_TD[tokens])
 
@@ -91,4 +104,4 @@ class _StreamedLoss(torch.autograd.Function):
             d_hidden_TD.mul_(d_loss_sum)
         if d_weight_VD is not None:
             d_weight_VD = d_weight_VD.mul_(d_loss_sum).to(ctx.weight_dtype)
-        return d_hidden_TD, d_weight_VD, None, None
+        return d_hidden_TD, d_weight_VD, None, None, None

@@ -33,10 +33,11 @@ def complaints(source: str) -> list[str]:
             found.append(f"line {node.lineno}: write `import torch_npu`")
     for name, call in operator_calls(source):
         packet, _, overload = name.partition(".")
-        if not hasattr(torch.ops.npu, packet):
+        library = next((each for each in (torch.ops.npu, torch.ops.atb) if hasattr(each, packet)), None)
+        if library is None:
             found.append(f"line {call.lineno}: torch_npu has no operator {packet}")
             continue
-        operator = getattr(torch.ops.npu, packet)
+        operator = getattr(library, packet)
         overloads = [overload] if overload else operator.overloads()
         reasons = [_mismatch(getattr(operator, each)._schema, call) for each in overloads]
         if all(reasons):

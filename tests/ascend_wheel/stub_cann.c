@@ -61,6 +61,15 @@ int aclGetCompileopt(int option, char *value, size_t bytes) { strncpy(value, "0"
 int aclrtGetSysParamOpt(int option, long *value) { *value = 0; return OK; }
 int aclrtCtxGetSysParamOpt(int option, long *value) { *value = 0; return OK; }
 DONE(aclSetCompileopt) DONE(aclopSetCompileFlag) DONE(aclrtSetSysParamOpt) DONE(aclrtCtxSetSysParamOpt)
+/* libatb.so: what libop_plugin_atb.so wants to be loaded with; nothing of it is called */
+REFUSED(_ZN3atb13CreateContextEPPNS_7ContextE) REFUSED(_ZN3atb14DestroyContextEPNS_7ContextE)
+REFUSED(_ZN3atb16DestroyOperationEPNS_9OperationE) REFUSED(_ZN3atb5Utils13GetTensorSizeERKNS_6TensorE)
+#define ATB_OPERATION(length, name) \
+  REFUSED(_ZN3atb15CreateOperationINS_5infer##length##name##EEEiRKT_PPNS_9OperationE)
+ATB_OPERATION(11, LinearParam) ATB_OPERATION(12, ElewiseParam) ATB_OPERATION(12, RmsNormParam)
+ATB_OPERATION(14, GroupTopkParam) ATB_OPERATION(18, SelfAttentionParam) ATB_OPERATION(19, PagedAttentionParam)
+ATB_OPERATION(20, ReshapeAndCacheParam) ATB_OPERATION(9, RopeParam)
+
 DONE(aclAppLog) DONE(MsprofRegisterCallback) DONE(MsprofReportAdditionalInfo) DONE(MsprofReportApi)
 DONE(MsprofReportCompactInfo)
 unsigned long MsprofGetHashId(const char *text, size_t length) { return 0; }

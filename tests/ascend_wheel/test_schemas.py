@@ -13,7 +13,7 @@ def test_every_call_fits_its_schema():
     for path in FILES:
         assert complaints(path.read_text()) == [], path
     called = {name for path in FILES for name, _ in operator_calls(path.read_text())}
-    assert called == {"npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"}
+    assert called == {"npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu", "_npu_matmul_add_fp32"}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,8 @@ def test_every_call_fits_its_schema():
         ("torch_npu.npu_fusion_attention(q, k, v, input_layout='TND')", "needs head_num"),
         ("torch_npu.npu_swiglu(x, -1, True)", "takes 2 positional arguments, got 3"),
         ("torch_npu.npu_swiglu(x, -1, dim=-1)", "gets dim twice"),
+        ("torch_npu._npu_matmul_add_fp32(x, weight)", "needs C"),
+        ("torch_npu._npu_matmul_add_fp32(x, weight, out=total)", "has no argument out"),
         ("torch_npu.npu_swiglu(x, **how)", "must be written out"),
         ("from torch_npu import npu_swiglu", "write `import torch_npu`"),
         ("import torch_npu as fused", "write `import torch_npu`"),

@@ -14,19 +14,20 @@ from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.trainer.objectives import batch_loss
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.step import train_step
+from npd_kernels import streaming
 from npd_kernels.layer_ops import impl_npu as layer_ops
 
 ONE_LAYER = replace(PANGU_1B, num_layers=1)
 LENS = [700, 300, 20]
 
 
-def _layer(config=ONE_LAYER):
+def _layer(config=ONE_LAYER, loss_impl="chunked"):
     """(model with gradients, what was seen) of forward and backward of a layer, the last norm and the loss."""
     with tracing() as watch:
         model, batch = fake_decoder(config), fake_batch(LENS, top_k=10)
         watch.waits.clear()
         hidden_TD = model(batch.layout.token_ids_T, batch.layout.cu_seqlens)
-        loss_sum, _ = batch_loss(hidden_TD[batch.layout.predict_A], model.head_weight_VD, batch, objective())
+        loss_sum, _ = batch_loss(hidden_TD[batch.layout.predict_A], model.head_weight_VD, batch, objective(loss_impl))
         loss_sum.backward()
     return model, watch
 
@@ -65,6 +66,27 @@ def test_the_fused_operators_run_forward_and_backward_and_nothing_waits_for_the_
     backward["npu_fusion_attention_grad"] = 1
     assert {name: watch.operators[f"npu::{name}"] for name in forward | backward} == forward | backward
     assert watch.waits == []
+
+
+@torch.library.register_fake("atb::_npu_matmul_add_fp32")
+def _matmul_add(x, weight, C):
+    """The wheel has none. What nnal's operator does to C, without its values (op-plugin, LinearAtb.cpp)."""
+    assert x.dtype == weight.dtype == torch.bfloat16
+    assert C.dtype == torch.float32
+    assert (x.T @ weight).shape == C.shape
+
+
+def test_the_matmul_add_of_torch_npu_takes_the_products_of_every_chunk(monkeypatch):
+    monkeypatch.setenv("ATB_HOME_PATH", "/nowhere")
+    monkeypatch.setitem(streaming.CHUNK_BYTES, "npu", 256 * 4 * ONE_LAYER.vocab_size)
+    model, watch = _layer(loss_impl="npu")
+    answers = sum(length - max(1, length // 3) for length in LENS)
+    assert watch.operators["atb::_npu_matmul_add_fp32"] == -(-answers // 256)
+    assert model.embed.weight.grad.dtype == torch.bfloat16
+    assert watch.waits == []
+    plain = _layer()[1].operators
+    # each product would be made and then added
+    assert plain["aten::mm"] - watch.operators["aten::mm"] == plain["aten::add_"] - watch.operators["aten::add_"] > 1
 
 
 def _with_layout(layout):

@@ -94,5 +94,5 @@ def fake_batch(sample_lens: list[int], top_k: int, mesh: Mesh = ALONE) -> Batch:
     )
 
 
-def objective() -> Objective:
-    return Objective(lambda_=0.9)
+def objective(loss_impl: str = "chunked") -> Objective:
+    return Objective(lambda_=0.9, loss_impl=loss_impl)

@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 SOURCES = [str(Path(__file__).with_name(name)) for name in ("stub_cann.c", "stub_hccl.c")]
 # torch_npu looks functions up library by library, so each of them has all
-LIBRARIES = ["libascendcl", "libacl_op_compiler", "libhccl", "libge_runner", "libgraph", "libacl_tdt_channel"]
+LIBRARIES = ["libascendcl", "libacl_op_compiler", "libhccl", "libge_runner", "libgraph", "libacl_tdt_channel", "libatb"]
 
 
 def open_wheel() -> None:

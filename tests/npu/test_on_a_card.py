@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from npd_ascend.model.decoder import PLAIN, Kernels
+from npd_kernels import streaming, token_loss
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -20,6 +21,14 @@ def test_attention(card, check, impl, heads, dtype):
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 def test_loss(card, check, impl, dtype):
     check(bodies.loss(card, dtype, impl))
+
+
+@pytest.mark.parametrize("impl", ["npu", "mindspeed"])
+def test_loss_with_a_matmul_add(card, check, impl, monkeypatch):
+    if impl == "mindspeed" and (reason := token_loss.IMPLEMENTATIONS[impl].unavailable_reason(card)):
+        pytest.skip(reason)
+    monkeypatch.setitem(streaming.CHUNK_BYTES, card.type, 64 * 4 * 5003)  # several chunks
+    check(bodies.loss(card, torch.bfloat16, impl))
 
 
 @DTYPES

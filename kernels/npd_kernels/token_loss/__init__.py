@@ -18,7 +18,7 @@ import torch
 
 from npd_kernels.shard import VocabShard
 
-from . import impl_chunked, impl_triton, reference
+from . import impl_chunked, impl_mindspeed, impl_npu, impl_triton, reference
 
 __all__ = ["IMPLEMENTATIONS", "VocabShard", "token_logprobs", "token_loss"]
 
@@ -26,6 +26,8 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
     "chunked": impl_chunked,
     "triton": impl_triton,
+    "npu": impl_npu,
+    "mindspeed": impl_mindspeed,
 }
 
 
