@@ -200,7 +200,8 @@ def _training_stage(args: argparse.Namespace, work) -> int:
         _timed(run, args.command, lambda: work(run))
     else:
         with working_on(run, f"{args.command}-ranks{_on_node()}"):
-            return run_ranks([args.command, "--run", str(run.path)], ranks, run.logs, args.command)
+            arguments, timeout_s = [args.command, "--run", str(run.path)], run.config.parallel.timeout_s
+            return run_ranks(arguments, ranks, run.logs, args.command, timeout_s)
     return 0
 
 

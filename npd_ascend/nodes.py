@@ -12,11 +12,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
@@ -24,7 +26,7 @@ import yaml
 from npd_ascend.config import Config, dump_config
 from npd_ascend.device import Node, this_node
 from npd_ascend.errors import UserError
-from npd_ascend.runfolder import differences
+from npd_ascend.runfolder import dict_differences
 
 _POLL_S, _BEAT_S, _LOST_S = 0.05, 2, 60
 # network file systems may show a new file late
@@ -41,14 +43,15 @@ class Nodes:
     def __init__(self, here: Node, store: dist.TCPStore | None = None):
         self.here, self._store, self._hosts = here, store, [socket.gethostname()]
         self._others = [rank for rank in range(here.count) if rank != here.rank]
-        self._heard = {rank: (b"", time.monotonic()) for rank in self._others}
+        self._heard = {rank: ("", time.monotonic()) for rank in self._others}
         self._looked, self._gone = time.monotonic(), threading.Event()
+        self._speaks, self._silent = True, False  # this process for its node; the meeting place
 
     def say(self, key: str, value: str) -> None:
-        self._store.set(f"{key} of node {self.here.rank}", value)
+        self._ask(partial(self._store.set, f"{key} of node {self.here.rank}", value))
 
     def said(self, key: str, rank: int) -> str:
-        return self._store.get(f"{key} of node {rank}").decode()
+        return self._ask(partial(self._store.get, f"{key} of node {rank}")).decode()
 
     def all_said(self, key: str, at_most_s: float | None = None) -> list[str]:
         """What every node said. UserError if one has ended, is gone, or did not say it in time."""
@@ -79,7 +82,7 @@ class Nodes:
             for rank in self._others:
                 if self._has("end", rank) and (reason := self.said("end", rank)):
                     raise UserError(f"{self._name(rank)} stopped: {reason}")
-                beat = self._store.get(f"beat of node {rank}") if self._has("beat", rank) else b""
+                beat = self.said("beat", rank) if self._has("beat", rank) else ""
                 before, since = self._heard[rank]
                 if beat != before or not beat:
                     self._heard[rank] = (beat, time.monotonic())
@@ -88,13 +91,15 @@ class Nodes:
 
     def end(self, reason: str) -> None:
         """Tell the others why this node stops; empty: all is done."""
-        if self._store is not None and not self._has("end", self.here.rank):
+        if self._store is not None and self._speaks and not self._has("end", self.here.rank):
             self.say("end", reason)
 
     def join(self, config: Config) -> None:
         """Wait for all. UserError if they do not run the same, or do not share the run folder."""
         timeout_s = config.parallel.timeout_s
-        if self._store.add(f"joined as node {self.here.rank}", 1) > 1:
+        if self._ask(partial(self._store.add, f"joined as node {self.here.rank}", 1)) > 1:
+            # a run that is under way does not end because somebody typed its command once more
+            self._speaks = not all(self._has("host", rank) for rank in range(self.here.count))
             raise UserError(
                 f"NODE_RANK={self.here.rank} was here before: two nodes have this number, or this one stopped and the "
                 f"others still run; stop all and start the same command on every node"
@@ -121,19 +126,41 @@ class Nodes:
         except (dist.DistError, RuntimeError) as error:
             _log.debug("node 0 is gone already", exc_info=error)
 
+    def _ask(self, operation: Callable[[], Any]) -> Any:
+        """What the meeting place says. RuntimeError if it says nothing: a host without power closes no connection."""
+        outcome: list[Any] = []
+
+        def ask() -> None:
+            try:
+                outcome.append((True, operation()))
+            except (dist.DistError, RuntimeError) as error:
+                outcome.append((False, error))
+
+        if not self._silent:
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(_LOST_S)
+        if not outcome:
+            self._silent = True
+            raise RuntimeError(f"no answer within {_LOST_S} s")
+        answered, value = outcome[0]
+        if not answered:
+            raise value
+        return value
+
     def _has(self, key: str, rank: int) -> bool:
-        return self._store.check([f"{key} of node {rank}"])
+        return self._ask(partial(self._store.check, [f"{key} of node {rank}"]))
 
     def _name(self, rank: int) -> str:
         return f"node {rank}" + (f" ({self._hosts[rank]})" if len(self._hosts) > rank else "")
 
     def _check_same(self, configurations: Sequence[str]) -> None:
-        wanted, *others = (Config.model_validate(yaml.safe_load(text)) for text in configurations)
+        wanted, *others = map(yaml.safe_load, configurations)  # which may be of another version of this project
         for rank, got in enumerate(others, 1):
-            for key, was, is_now in differences(wanted, got)[:1]:
+            for key, was, is_now in dict_differences(wanted, got):
                 raise UserError(
                     f"{self._name(rank)} runs another configuration than {self._name(0)}: {key} is {is_now!r} instead "
-                    f"of {was!r}; start the same command on both"
+                    f"of {was!r}; start the same command on both, from the same version of this project"
                 )
 
     def _beat(self) -> None:
@@ -181,24 +208,33 @@ def judge(folder: Path, names: Sequence[str], views: Sequence[View], timeout_s: 
 def _exchange_tokens(nodes: Nodes, folder: Path, timeout_s: int) -> list[View]:
     """Every node leaves a file with the run's token in `folder` and looks for those of the others."""
     token, mine = nodes.said("token", 0), folder / f"node{nodes.here.rank}"
-    try:
+    with _open_to_all(folder):
         folder.mkdir(parents=True, exist_ok=True)
         mine.write_text(token)
         descriptor = os.open(mine, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; set run.folder to a place that every node can write") from None
     nodes.say("written", "here")
     nodes.all_said("written", timeout_s)
     clock_s, started = time.time(), time.monotonic()
     seen: set[int] = set()
     while len(seen) < nodes.here.count and time.monotonic() - started < _SHOWN_S:
-        seen |= {rank for rank in range(nodes.here.count) if _reads(folder / f"node{rank}", token)}
+        with _open_to_all(folder):
+            seen |= {rank for rank in range(nodes.here.count) if _reads(folder / f"node{rank}", token)}
         time.sleep(_POLL_S)
     nodes.say("view", json.dumps([sorted(seen), clock_s]))
     found = [json.loads(text) for text in nodes.all_said("view", timeout_s)]
     return [View(seen=frozenset(ranks), clock_s=clock) for ranks, clock in found]
+
+
+@contextmanager
+def _open_to_all(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; set run.folder to a place that every node can read and write"
+        ) from None
 
 
 def _reads(path: Path, token: str) -> bool:

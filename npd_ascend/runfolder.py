@@ -134,7 +134,7 @@ def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
 
 def differences(was: Config, now: Config) -> list[tuple[str, object, object]]:
     """(dotted key, was, is) of every value in which two configurations differ."""
-    return list(_differences(yaml.safe_load(dump_config(was)), yaml.safe_load(dump_config(now))))
+    return list(dict_differences(yaml.safe_load(dump_config(was)), yaml.safe_load(dump_config(now))))
 
 
 def reopen_run(folder: Path) -> RunFolder:
@@ -152,9 +152,10 @@ def working_on(run: RunFolder, role: str) -> Iterator[None]:
         yield
 
 
-def _differences(was, now, key: str = "") -> Iterator[tuple[str, object, object]]:
+def dict_differences(was, now, key: str = "") -> Iterator[tuple[str, object, object]]:
+    """The same of what a configuration file holds; None for a key that one of them lacks."""
     if isinstance(was, dict) and isinstance(now, dict):
         for name in sorted(was.keys() | now.keys()):
-            yield from _differences(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            yield from dict_differences(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
     elif was != now:
         yield key, was, now

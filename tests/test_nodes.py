@@ -7,17 +7,21 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import CONFIGS
 from safetensors.torch import load_file
 
-from npd_ascend.config import load_config
+from npd_ascend import nodes
+from npd_ascend.config import dump_config, load_config
 from npd_ascend.device import Node, this_node
-from npd_ascend.errors import UserError
-from npd_ascend.nodes import View, judge
-from npd_ascend.parallel.launch import ranks_of
+from npd_ascend.errors import LostRankError, UserError
+from npd_ascend.nodes import Nodes, View, judge
+from npd_ascend.parallel.launch import next_meeting, ranks_of
 from npd_ascend.placement import check_cards, listing, place, recipe, share
 
 ROOT = CONFIGS.parent
@@ -244,6 +248,102 @@ def test_a_check_that_fails_on_one_node_ends_the_other(pair, tmp_path):
     assert "/proc/self/cwd/student" in reason
     assert said.startswith("npd run: node 1 (")
     assert "stopped: the check before the run ended with exit code 2" in said
+
+
+@pytest.fixture
+def meeting_place():
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+
+
+def _node(store, rank: int) -> Node:
+    return Node(rank, 2, "127.0.0.1", store.port)
+
+
+def test_who_comes_back_early_waits_and_does_not_count_past_the_others(meeting_place):
+    """Node 1 lost a rank; those of node 0 notice only once node 1 has given up waiting for them, and more than once."""
+    with ThreadPoolExecutor(2) as pool:
+
+        def both() -> list[int]:
+            return list(pool.map(lambda rank: next_meeting(_node(meeting_place, rank), 20), (0, 1)))
+
+        assert both() == [1, 1]
+        for _ in range(2):
+            with pytest.raises(
+                LostRankError, match=r"waited 0 s \(parallel.timeout_s\) for the ranks of node 0; the same"
+            ):
+                next_meeting(_node(meeting_place, 1), 0)
+        assert both() == [2, 2]
+        assert both() == [3, 3]
+
+
+def test_a_host_that_answers_nothing_is_lost_after_a_while(monkeypatch):
+    """As one without power: no connection is closed."""
+    monkeypatch.setattr(nodes, "_LOST_S", 1)
+    code = (
+        "import time, torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
+        "print(s.port, flush=True); time.sleep(600)"
+    )
+    host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        port = int(host.stdout.readline())
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20))
+        here = Nodes(Node(1, 2, "127.0.0.1", port), store)
+        here.say("host", "b")
+        host.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"node 0 at 127.0.0.1:{port} is gone; the same command on every node"):
+            here.meet("a step")
+        here.leave("lost")
+        assert time.monotonic() - started < 20
+    finally:
+        host.kill()
+        host.communicate()
+
+
+@pytest.mark.parametrize(("under_way", "ends_the_run"), [(True, False), (False, True)])
+def test_a_command_typed_twice_does_not_end_a_run_that_is_under_way(meeting_place, under_way, ends_the_run):
+    store = dist.TCPStore("127.0.0.1", meeting_place.port, is_master=False)
+    first, second = (Nodes(_node(meeting_place, rank), meeting_place) for rank in (0, 1))
+    store.add("joined as node 1", 1)
+    second.say("host", "b")
+    if under_way:
+        first.say("host", "a")
+    stray = Nodes(_node(meeting_place, 1), store)
+    with pytest.raises(UserError, match="NODE_RANK=1 was here before") as refused:
+        stray.join(load_config(ADDITION))
+    stray.leave(str(refused.value))
+    assert first._has("end", 1) == ends_the_run
+
+
+def test_what_another_version_of_the_project_wants_is_told_apart(meeting_place):
+    here = Nodes(_node(meeting_place, 0), meeting_place)
+    theirs = dump_config(load_config(ADDITION)) + "later_key: 3\n"
+    with pytest.raises(
+        UserError, match=r"node 1 runs another configuration .*later_key is 3 instead of None; .*version"
+    ):
+        here._check_same([dump_config(load_config(ADDITION)), theirs])
+    here._check_same([theirs, theirs])
+
+
+def test_a_meeting_place_that_cannot_be_is_told(meeting_place):
+    port = meeting_place.port
+    with pytest.raises(UserError, match=f"MASTER_PORT={port}: node 0 cannot listen there .*free port, on every node"):
+        nodes._open_store(Node(0, 2, "127.0.0.1", port), 1)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        nobody = Node(1, 2, "127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(UserError, match=r"node 0 did not answer within 1 s \(parallel.timeout_s\); start the same"):
+            nodes._open_store(nobody, 1)
+
+
+def test_a_run_folder_that_is_no_folder_is_told(meeting_place, tmp_path):
+    here = Nodes(_node(meeting_place, 0), meeting_place)
+    here.say("token", "x")
+    (tmp_path / "run").write_text("")
+    with pytest.raises(
+        UserError, match=f"^{tmp_path}/run/nodes: Not a directory; set run.folder to a place that every"
+    ):
+        nodes._exchange_tokens(here, tmp_path / "run" / "nodes", 1)
 
 
 @pytest.mark.slow

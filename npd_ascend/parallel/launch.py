@@ -17,19 +17,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from npd_ascend.device import Node, node_rank_environment, rank_environment, this_node
-from npd_ascend.errors import UserError
+from npd_ascend.errors import LostRankError, UserError
 
 _PR_SET_PDEATHSIG = 1
 # after one rank failed the others notice by themselves, from the broken connection; then they are made to stop
 _GRACE_S = 10
-_CONNECT_S = 60
+_CONNECT_S, _POLL_S = 60, 0.1
 
 
-def run_ranks(arguments: list[str], world_size: int, logs: Path, name: str) -> int:
+def run_ranks(arguments: list[str], world_size: int, logs: Path, name: str, timeout_s: int) -> int:
     """`npd ARGUMENTS` as `world_size` ranks; returns 0 or the first exit code that was not, 128 + signal if killed.
 
     Of several nodes each starts its ranks. Rank 0 has its terminal; the others write RUN/logs/<name>.rank<N>.log. None
-    outlives this call. UserError if the nodes cannot share the ranks, or nobody keeps their meeting place.
+    outlives this call. UserError if the nodes cannot share the ranks, or nobody keeps their meeting place;
+    LostRankError if another node did not come within timeout_s.
     """
     node = this_node()
     here = ranks_of(node, world_size)
@@ -37,7 +38,7 @@ def run_ranks(arguments: list[str], world_size: int, logs: Path, name: str) -> i
         if node.count == 1:
             environments = [rank_environment(rank, world_size, f"file://{folder}/store") for rank in here]
         else:
-            meeting = _next_meeting(node)
+            meeting = next_meeting(node, timeout_s)
             environments = [node_rank_environment(node, rank, world_size, meeting) for rank in here]
         ranks = {
             rank: _start(arguments, environment, _log_file(logs, name, rank))
@@ -59,11 +60,28 @@ def ranks_of(node: Node, world_size: int) -> range:
     return range(node.rank * each, (node.rank + 1) * each)
 
 
-def _next_meeting(node: Node) -> int:
-    """Counted by node 0's `npd run`. Every node starts its ranks again when one was lost, so they count alike."""
+def next_meeting(node: Node, timeout_s: int) -> int:
+    """The number of a meeting that no rank has been to, once all nodes have come to it.
+
+    Counted by node 0's `npd run`. Nodes notice a lost rank at different times, one of them perhaps minutes after
+    another; who comes back early waits here, and with the same number if it has to come again, or they would count
+    past each other for ever.
+    """
     try:
         store = dist.TCPStore(node.address, node.port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
-        return store.add(f"ranks of node {node.rank}", 1)
+        keys = [f"ranks of node {rank}" for rank in range(node.count)]
+        meeting = store.add(keys[node.rank], 0)
+        if all(store.add(key, 0) >= meeting for key in keys):
+            meeting = store.add(keys[node.rank], 1)
+        started = time.monotonic()
+        while late := [rank for rank, key in enumerate(keys) if store.add(key, 0) < meeting]:
+            if time.monotonic() - started > timeout_s:
+                raise LostRankError(
+                    f"waited {timeout_s} s (parallel.timeout_s) for the ranks of node {', '.join(map(str, late))}; "
+                    f"the same command goes on from the last checkpoint"
+                )
+            time.sleep(_POLL_S)
+        return meeting
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"MASTER_ADDR={node.address}, MASTER_PORT={node.port}: node 0 does not answer ({str(error).splitlines()[0]}"

@@ -1,8 +1,8 @@
 """`chunked`, with what each chunk adds to the head's gradient multiplied and added by one operator.
 
-Plain torch rounds that product to bfloat16, writes it, and reads it again to add it to the float32 sum, once a chunk: some
-fifteen times for a pack of 32,768 tokens with openPangu's vocabulary. torch_npu's operator adds x^T weight to C in place
-and does neither (op-plugin, op_plugin/ops/atb/LinearAtb.cpp). It runs in the library of nnal.
+Plain torch rounds that product to bfloat16, writes it, and reads it again to add it to the float32 sum: some fifteen
+times for a pack of 32,768 tokens with openPangu's vocabulary. torch_npu's operator adds x^T weight to C in place and
+does neither (op-plugin, op_plugin/ops/atb/LinearAtb.cpp). It runs in the library of nnal.
 """
 
 import os
