@@ -33,6 +33,8 @@ METRICS = {
     "publish/version": ("", "weight version that was published"),
     "publish/busy_s": ("s", "of publishing it: checkpoint, canary, gathering from the ranks, writing"),
     "heldout/kl_teacher": ("nats/token", "KL(teacher || student) on held-out rollouts of version 0, teacher's top-k"),
+    "heldout/exact_match": ("share", "held-out prompts whose reference answer greedy decoding would give"),
+    "heldout/busy_s": ("s", "of measuring what a row has of heldout/"),
     "heldout/drift": (
         "nats/token",
         "KL(current || generator) on held-out rollouts of the newest version, estimator r log r - r + 1",
@@ -42,6 +44,11 @@ METRICS = {
     "pack/samples": ("samples", "samples trained on in a phase"),
     "rollout/samples": ("samples", "answers in a shard"),
     "rollout/tokens": ("tokens", "answer tokens in a shard"),
+    "rollout/answer_tokens": ("tokens", "in an answer of a shard, mean"),
+    "rollout/entropy": (
+        "nats/token",
+        "mean -log p of a shard's sampled tokens, an estimate of the entropy; with rollout.temperature and top_p 1",
+    ),
     "rollout/tokens_per_s": ("tokens/s", "answer tokens over wall time"),
     "rollout/version": ("", "weight version that generated a shard"),
     "rollout/busy_s": ("s", "generating a shard"),

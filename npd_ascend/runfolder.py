@@ -18,7 +18,8 @@ from npd_ascend.weights.channel import WeightChannel
 from npd_ascend.weights.disk import DiskChannel
 
 _MAY_CHANGE = re.compile(
-    r"(parallel|processes|device|kernels)\..*|\w+\.checkpoint_every_steps|evaluate\.batch_size|rollout\.kv_cache_gib"
+    r"(parallel|processes|device|kernels)\..*|\w+\.checkpoint_every_steps"
+    r"|evaluate\.(batch_size|every_steps)|rollout\.kv_cache_gib"
 )
 _log = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ SMALL = [
     "grpo.rewards={exact_match: 1, format: 0.5}",
     "grpo.format='[0-9]{4}'",  # a few answers have it from the start, so that there is something to learn
     "grpo.checkpoint_every_steps=1",
+    "evaluate.every_steps=4",
 ]
 
 
@@ -93,6 +94,12 @@ def test_a_run_leaves_what_it_promises(reference):
     assert summary["scores"]["sft"] is not None
     assert summary["scores"]["grpo"] is not None
     assert summary["grpo"].keys() >= {"reward", "no_signal", "failed", "clipped", "kl", "entropy", "answer_tokens"}
+    heldout = [row for row in read_metrics(reference) if "heldout/exact_match" in row]
+    assert [row["step"] for row in heldout if row["stage"] == "grpo"] == [0, 4, 6]
+    for stage in ("sft", "grpo"):
+        last = [row["heldout/exact_match"] for row in heldout if row["stage"] == stage][-1]
+        assert last == pytest.approx(summary["scores"][stage], abs=1e-6), stage
+    assert all(1 < row["rollout/answer_tokens"] < 7 for row in read_metrics(reference) if "rollout/tokens" in row)
     rows = [row for row in read_metrics(reference) if row["stage"] == "grpo" and "grpo/reward" in row]
     assert [row["step"] for row in rows] == list(range(6))
     table = read_table(reference / "grpo")

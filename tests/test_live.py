@@ -35,6 +35,7 @@ SMALL = [
     "rollout.batch_size=64",
     "filters.tau=0.95",
     "device.threads=1",
+    "evaluate.every_steps=8",
 ]
 ONE_BEHIND = "npd.stream={publish_every: 4, max_lag: 1}"
 
@@ -82,6 +83,10 @@ def test_a_live_run_leaves_all_it_promises(reference):
     steps = [row["step"] for row in rows if "train/lag" in row]
     assert steps == list(range(19))
     assert {row["publish/version"] for row in rows if "publish/version" in row} == {1, 2, 3, 4}
+    heldout = [row for row in rows if "heldout/kl_teacher" in row]
+    assert [row["step"] for row in heldout] == [0, 8, 16, 19]
+    assert heldout[-1]["heldout/exact_match"] == pytest.approx(summary["scores"]["npd"], abs=1e-6)
+    assert all(row["rollout/entropy"] > 0 for row in rows if "rollout/tokens" in row)
     assert max(row["train/lag_max"] for row in rows if "train/lag" in row) <= 1
     assert all(0 < row["pack/fill"] <= 1 for row in rows if "train/lag" in row)
     assert all(row["rollout/canary"] < 2e-3 for row in rows if "rollout/canary" in row)

@@ -98,6 +98,15 @@ def test_a_run_leaves_all_it_promises(reference):
     assert steps == list(range(len(steps)))
 
 
+def test_held_out_metrics_say_what_the_evaluation_says(reference):
+    scores = json.loads((reference / "summary.json").read_text())["scores"]
+    rows = [row for row in read_metrics(reference) if "heldout/kl_teacher" in row]
+    assert [row["train/epoch"] for row in rows] == [0, 1, 2, 2, 3, 4]  # before the refresh and after it
+    assert rows[0]["heldout/exact_match"] == pytest.approx(scores["sft"], abs=1e-6)
+    assert rows[-1]["heldout/exact_match"] == pytest.approx(scores["npd"], abs=1e-6)
+    assert all(row["heldout/busy_s"] > 0 for row in rows)
+
+
 def test_every_rollout_is_accounted_for(reference):
     stream = Stream(reference / "stream")
     for version in (0, 1):

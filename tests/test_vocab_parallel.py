@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from npd_kernels import streaming
-from npd_kernels.token_loss import VocabShard, token_logprobs, token_loss
+from npd_kernels.token_loss import VocabShard, greedy_ids, token_logprobs, token_loss
 
 TOKENS, VOCAB, HIDDEN, SLOTS = 67, 251, 29, 4
 
@@ -126,3 +126,54 @@ def count_gathered(mesh):
     finally:
         dist.all_gather = gather
     return sum(sent)
+
+
+def greedy_inputs():
+    """Small whole numbers, so that every second token has several largest logits."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-2, 3, (TOKENS, 5), generator=generator).float(), torch.randint(
+        -2, 3, (VOCAB, 5), generator=generator
+    ).float()
+
+
+def greedy_on_one_rank(mesh, vocab_size, mistake=""):
+    streaming.CHUNK_BYTES = {"cpu": 16 * 4 * 128}
+    hidden_TD, whole_VD = greedy_inputs()
+    rows = -(-VOCAB // mesh.tp)
+    start, stop = mesh.tp_rank * rows, min((mesh.tp_rank + 1) * rows, VOCAB)
+    padding = 9 * hidden_TD[:1].expand(rows - (stop - start), -1)  # what would be noticed
+    if mistake == "padding unmasked":
+        stop = start + rows
+    shard = VocabShard(start, stop, None if mistake == "each for itself" else mesh.tp_group)
+    head_VD = torch.cat([whole_VD[start:stop], padding])
+    with pytest.MonkeyPatch.context() as patch:
+        if mistake == "the last of equals":
+            patch.setattr(VocabShard, "first_largest", last_largest)
+        return greedy_ids(hidden_TD, head_VD, vocab_size=vocab_size, shard=shard)
+
+
+def last_largest(shard, value_T, id_T):
+    values_RT, ids_RT = shard._gather(value_T).flip(0), shard._gather(id_T).flip(0)
+    return ids_RT.gather(0, values_RT.argmax(0, keepdim=True))[0]
+
+
+@pytest.mark.parametrize("layout", [(2, 1, False), (3, 1, False), (4, 1, False)], ids=str)
+@pytest.mark.parametrize("vocab_size", [VOCAB, 60])  # with 60 some ranks have no row of the tokenizer's
+def test_greedy_decoding_takes_the_same_token_cut_or_whole(ranks, layout, vocab_size):
+    hidden_TD, whole_VD = greedy_inputs()
+    logits_TV = hidden_TD @ whole_VD[:vocab_size].T
+    assert ((logits_TV == logits_TV.amax(-1, keepdim=True)).sum(-1) > 1).sum() > 5
+    for ids_T in [
+        greedy_ids(hidden_TD, whole_VD, vocab_size=vocab_size),
+        *ranks.run(greedy_on_one_rank, layout, vocab_size),
+    ]:
+        assert torch.equal(ids_T, logits_TV.argmax(-1))
+
+
+@pytest.mark.parametrize("mistake", ["padding unmasked", "the last of equals", "each for itself"])
+def test_mistakes_in_greedy_decoding_are_caught(ranks, mistake):
+    hidden_TD, whole_VD = greedy_inputs()
+    right_T = (hidden_TD @ whole_VD.T).argmax(-1)
+    assert not all(
+        torch.equal(ids_T, right_T) for ids_T in ranks.run(greedy_on_one_rank, (4, 1, False), VOCAB, mistake)
+    )

@@ -45,6 +45,14 @@ class VocabShard:
         top = tops_R.amax(0)
         return top, (tops_R - top + rests_R).logsumexp(0)
 
+    def first_largest(self, value_T: torch.Tensor, id_T: torch.Tensor) -> torch.Tensor:
+        """The id whose value is the largest over all ranks, element by element; of equal values the lowest rank's.
+
+        Every rank chooses among the same numbers, so all of them choose alike.
+        """
+        rank_1T = self._gather(value_T).argmax(0, keepdim=True)
+        return self._gather(id_T).gather(0, rank_1T)[0]
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Element by element over all ranks, the same bits on each."""
         return self._gather(x).sum(0)

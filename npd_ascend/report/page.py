@@ -21,6 +21,7 @@ SHOWN_CHARACTERS = 1500  # of a prompt
 SHOWN_VERSIONS = 4
 FULL_COLOUR_NATS = 5.0  # |teacher - student| from which on a token has the full colour
 MODEL_NAMES = {"start": "start", "sft": "after SFT", "npd": "after NPD", "grpo": "after GRPO", "teacher": "teacher"}
+_EXACT_MATCH = "heldout/exact_match"
 # throughput metric -> what it counts
 _RATES = {
     "rollout/tokens_per_s": "answer tokens generated, per shard",
@@ -103,15 +104,25 @@ def _curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
         figure = plots.loss_curve(rows, stage, refreshes if stage == "npd" else ())
         curves.append({"title": f"{stage.upper()} loss", "note": what + note, "figure": figure})
         curves[-1]["command"] = command
+        if stage == "sft":
+            curves += _exact_match_curve(plots.step_curve(rows, _EXACT_MATCH, "share", stage="sft"), "SFT")
     if config.npd:
         kl = plots.heldout_curve(rows, "heldout/kl_teacher", refreshes)
         kl_note = "KL(teacher ‖ student) on held-out rollouts of version 0, teacher's top-k"
         curves.append({"title": "Distance to the teacher", "note": kl_note, "figure": kl, "command": "distill"})
+        curves += _exact_match_curve(plots.heldout_curve(rows, _EXACT_MATCH, refreshes, "share"), "NPD")
         curves += _stream_curves(run, rows) if config.npd.stream else [_drift_curve(rows, refreshes)]
     return curves + (_grpo_curves(rows, config.grpo.kl_weight > 0) if config.grpo else [])
 
 
+def _exact_match_curve(figure, stage: str) -> list[dict]:
+    """None where it was not measured: without evaluate.every_steps or without reference answers."""
+    note = f"during {stage}: held-out prompts whose reference answer greedy decoding would give"
+    return [{"title": "Held-out exact match", "note": note, "figure": figure}] if figure else []
+
+
 def _grpo_curves(rows: Sequence[Mapping], asks_reference: bool) -> list[dict]:
+    heldout = _exact_match_curve(plots.step_curve(rows, _EXACT_MATCH, "share", stage="grpo"), "GRPO")
     table = [
         ("Reward", "grpo/reward", "reward", "mean over the answers of a step"),
         ("Groups without signal", "grpo/no_signal", "share", "one and the same reward in the group: not trained on"),
@@ -121,10 +132,11 @@ def _grpo_curves(rows: Sequence[Mapping], asks_reference: bool) -> list[dict]:
     ]
     if asks_reference:
         table.append(("Distance to the start of GRPO", "grpo/kl", "nats/token", "KL(current ‖ start), estimator k3"))
-    return [
+    curves = [
         {"title": title, "note": note, "figure": plots.step_curve(rows, name, unit, stage="grpo"), "command": "grpo"}
         for title, name, unit, note in table
     ]
+    return [curves[0], *heldout, *curves[1:]]
 
 
 def _drift_curve(rows: Sequence[Mapping], refreshes: Sequence[int]) -> dict:

@@ -82,7 +82,11 @@ def steps_per_point(num_steps: int) -> int:
 
 
 def heldout_curve(
-    rows: Sequence[Mapping], name: str, refresh_after: Sequence[int], limit: float | None = None
+    rows: Sequence[Mapping],
+    name: str,
+    refresh_after: Sequence[int],
+    unit: str = "nats/token",
+    limit: float | None = None,
 ) -> Markup | None:
     """A held-out metric over the epochs of NPD, `limit` as a dashed line. None if it was never measured."""
     # at a refresh two rows have the same epoch: before and after, in the order of time
@@ -91,7 +95,7 @@ def heldout_curve(
         return None
     epoch, value = [row["train/epoch"] for row in measured], [row[name] for row in measured]
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _axes("epoch", "nats/token")
+        figure, axes = _axes("epoch", unit)
         axes.plot(epoch, value, color=ACCENT, marker="o", markersize=3.5)
         axes.set_ylim(0, 1.15 * max([*value, limit or 0.0]) or 1.0)
         axes.set_xlim(-0.15, max(1, *epoch) + 0.15)

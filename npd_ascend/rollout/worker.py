@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
+
 from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, collective_backend, open_device
 from npd_ascend.errors import UserError
@@ -161,8 +163,10 @@ class Maker:
         seconds, tokens = time.perf_counter() - started, sum(r.answer_len for r in rollouts)
         self.metrics.log(
             shard,
+            **self._entropy(rollouts),
             rollout__samples=len(rollouts),
             rollout__tokens=tokens,
+            rollout__answer_tokens=tokens / len(rollouts),
             rollout__tokens_per_s=tokens / seconds,
             rollout__version=version,
             rollout__busy_s=seconds,
@@ -171,6 +175,13 @@ class Maker:
         )
         self.heartbeat.beat()
         return len(rollouts)
+
+    def _entropy(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Only where what was sampled is the distribution whose log-probs are recorded."""
+        sampling = self._run.config.rollout
+        if sampling.temperature != 1 or sampling.top_p != 1:
+            return {}
+        return {"rollout__entropy": -float(np.concatenate([r.logprobs for r in rollouts]).mean(dtype=np.float64))}
 
 
 @contextmanager

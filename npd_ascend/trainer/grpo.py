@@ -14,9 +14,11 @@ from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.records import Reward, Rollout, Sample
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.heldout import Heldout
 from npd_ascend.trainer.live import LiveStage, LiveTrainer, train_all
 from npd_ascend.trainer.objectives import grpo_objective
 from npd_ascend.trainer.policy_loss import group_advantages
+from npd_ascend.trainer.samples import heldout_references
 from npd_ascend.trainer.student import load_student, open_metrics
 
 _log = logging.getLogger(__name__)
@@ -102,8 +104,9 @@ class GrpoTrainer(LiveTrainer):
     def _drift(self, rollouts) -> None:
         """Every step measures it on the way, see policy_loss.watched_names."""
 
-    def _measure_heldout(self) -> None:
-        """Nothing: the score on held-out problems is for `npd eval`."""
+    def _read_heldout(self) -> Heldout:
+        """Without evaluate.every_steps nothing: most runs publish after every step."""
+        return heldout_references(self._run.config, self.stage.config, self._mesh) or Heldout()
 
 
 def _advantages(rewards: list[Reward], group_size: int) -> list[float | None]:

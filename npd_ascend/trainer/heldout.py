@@ -1,5 +1,7 @@
-"""What is watched while training: distance to the teacher, and drift from the generator, on held-out rollouts."""
+"""What is watched while training, without generating: distance to the teacher and drift from the generator on held-out
+rollouts, exact match on held-out prompts that have a reference answer."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,11 +9,13 @@ import numpy as np
 import torch
 
 from npd_ascend.model.decoder import Decoder
-from npd_ascend.packing import pack_samples
+from npd_ascend.packing import PackLayout, lay_out, pack_samples
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.records import Rollout, Sample, Score
 from npd_ascend.trainer.objectives import Batch, Objective, batch_loss, make_batch
-from npd_kernels.token_loss import token_logprobs
+from npd_kernels.token_loss import greedy_ids, token_logprobs
+
+_KL = Objective(lambda_=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,30 +27,50 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
-class Heldout:
-    """Fixed batches: teacher's top-k on rollouts of version 0, log-probs of the newest generator on its own."""
+class References:
+    """Held-out prompts with their reference answers, in packs."""
 
-    teacher_batches: list[Batch]
-    generated: list[Generated]
-    objective: Objective  # pure KL: λ = 1
-    version: int  # of the newest generator
+    layouts: list[PackLayout]
+    prompts: int  # those whose answer is too long to be given are in no pack
+    vocab_size: int  # of the tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heldout:
+    """Fixed batches: teacher's top-k on rollouts of version 0, log-probs of the newest generator on its own, reference
+    answers. What is not there is not measured."""
+
+    teacher_batches: Sequence[Batch] = ()
+    generated: Sequence[Generated] = ()
+    references: References | None = None
+    objective: Objective = _KL
+    version: int = 0  # of the newest generator
 
     @torch.inference_mode()
     def measure(self, model: Decoder, mesh: Mesh = ALONE) -> dict[str, float]:
-        """Token means over all held-out rollouts, the batches shared among replicas; names with '__' for '/'."""
-        sums = torch.zeros(2, device=model.embed.weight.device)
+        """Means over all held-out tokens or prompts, the batches shared among replicas; names with '__' for '/'."""
+        started = time.perf_counter()
+        sums = torch.zeros(3, device=model.embed.weight.device)
         mine = slice(mesh.dp_rank, None, mesh.dp)
         for batch in self.teacher_batches[mine]:
             hidden_AD = _hidden(model, batch)
             sums[0] += batch_loss(hidden_AD, model.head_weight_VD, batch, self.objective, model.vocab_shard)[0]
         for generated in self.generated[mine]:
             sums[1] += drift_sum(model, generated, self.objective.loss_impl)
-        kl_sum, total_drift = mesh.sum_over_dp(sums).tolist()
-        kl = kl_sum / sum(len(batch.layout.answer_ids_A) for batch in self.teacher_batches)
-        if not self.generated:
-            return {"heldout__kl_teacher": kl}
-        drift = total_drift / sum(len(generated.logprobs_A) for generated in self.generated)
-        return {"heldout__kl_teacher": kl, "heldout__drift": drift, "heldout__version": self.version}
+        if self.references:
+            for layout in self.references.layouts[mine]:
+                sums[2] += exact_matches(model, layout, self.references.vocab_size)
+        kl_sum, total_drift, matches = mesh.sum_over_dp(sums).tolist()
+        measured: dict[str, float] = {}
+        if self.teacher_batches:
+            tokens = sum(len(batch.layout.answer_ids_A) for batch in self.teacher_batches)
+            measured["heldout__kl_teacher"] = kl_sum / tokens
+        if self.generated:
+            tokens = sum(len(generated.logprobs_A) for generated in self.generated)
+            measured |= {"heldout__drift": total_drift / tokens, "heldout__version": self.version}
+        if self.references:
+            measured["heldout__exact_match"] = matches / self.references.prompts
+        return measured and measured | {"heldout__busy_s": time.perf_counter() - started}
 
 
 def make_heldout(
@@ -57,6 +81,7 @@ def make_heldout(
     loss_impl: str,
     device: torch.device,
     multiple_of: int = 1,
+    references: References | None = None,
 ) -> Heldout:
     """first: held-out rollouts of version 0 with scores; newest: held-out rollouts of the newest version, perhaps
     none, and then drift is not measured."""
@@ -74,9 +99,27 @@ def make_heldout(
     return Heldout(
         teacher_batches=[make_batch(pack, objective, device, multiple_of) for pack in _packs(scored, pack_tokens)],
         generated=make_generated(newest, pack_tokens=pack_tokens, device=device, multiple_of=multiple_of),
+        references=references,
         objective=objective,
         version=newest[0].weight_version if newest else 0,
     )
+
+
+def make_references(
+    answered: Sequence[Sample],
+    *,
+    prompts: int,
+    vocab_size: int,
+    pack_tokens: int,
+    device: torch.device,
+    multiple_of: int = 1,
+) -> References:
+    """answered: held-out prompts, each followed by the tokens that greedy decoding has to give."""
+    packs = _packs({sample.sample_id: sample for sample in answered}, pack_tokens)
+    layouts = [
+        lay_out([(sample.token_ids, sample.prompt_len) for sample in pack], device, multiple_of) for pack in packs
+    ]
+    return References(layouts, prompts, vocab_size)
 
 
 def make_generated(
@@ -90,6 +133,22 @@ def make_generated(
         )
         for pack in _packs({rollout.sample_id: rollout for rollout in rollouts}, pack_tokens)
     ]
+
+
+@torch.inference_mode()
+def exact_matches(model: Decoder, layout: PackLayout, vocab_size: int) -> torch.Tensor:
+    """How many answers of a pack greedy decoding would give; 0-dim.
+
+    It takes the most likely token after what it has given so far. So it gives an answer if and only if every token of
+    that answer is the most likely one after those before it, and one pass over prompt and answer says so.
+    """
+    hidden_AD = model(layout.token_ids_T, layout.cu_seqlens)[layout.predict_A]
+    taken_A = greedy_ids(hidden_AD, model.head_weight_VD, vocab_size=vocab_size, shard=model.vocab_shard)
+    lens = torch.tensor(layout.answer_lens)
+    sample_A = torch.arange(len(lens)).repeat_interleave(lens).to(taken_A.device)
+    wrong_A = (taken_A != layout.answer_ids_A).float()
+    wrong_S = torch.zeros(len(lens), device=taken_A.device).index_add_(0, sample_A, wrong_A)
+    return (wrong_S == 0).sum()
 
 
 @torch.inference_mode()

@@ -146,6 +146,8 @@ class LiveTrainer:
         self.cursor, self._kept_at = cursor, cursor["step"]
         _log.info("going on at step %(step)d with version %(version)d", cursor)
         self._publish_once()  # the checkpoint of a version is older than the version
+        if self._is_measured():
+            self._measure_heldout()
 
     def wait(self) -> float:
         """Until the shards of the next step are decided; returns seconds."""
@@ -194,6 +196,8 @@ class LiveTrainer:
         if self._heartbeat:
             self._run.stream.mark_done(step + 1)
             self._heartbeat.beat()
+        if self._is_measured():  # the generators are at work again by now
+            self._measure_heldout()
         return loss
 
     def finish(self) -> None:
@@ -260,7 +264,6 @@ class LiveTrainer:
         self.offer()
         seconds = time.perf_counter() - started
         self._training.log(self.cursor["step"], publish__version=self.cursor["version"], publish__busy_s=seconds)
-        self._measure_heldout()
 
     def offer(self) -> None:
         """The newest version from memory too, where a sender is open."""
@@ -277,12 +280,20 @@ class LiveTrainer:
             # the version before the newest; version 0 is evaluated in the end
             self._run.weights.drop_between(1, version - max(1, self.pacing.stream.max_lag))
 
+    def _is_measured(self) -> bool:
+        """Between the first step and the last, before and after which it is measured anyway."""
+        every, step = self._run.config.evaluate.every_steps, self.cursor["step"]
+        due = step % every == 0 if every else step == self.cursor["published_at"]
+        return due and step < self.pacing.steps
+
     def _measure_heldout(self) -> None:
         if self._heldout is None:
-            self._heldout = heldout_in_shards(self._run, self.pacing.heldout, self._mesh)
+            self._heldout = self._read_heldout()
         epoch = self.cursor["step"] / self.pacing.steps * self.stage.epochs
-        measured = self._heldout.measure(self._model, self._mesh)
-        self._training.log(self.cursor["step"], train__epoch=epoch, **measured)
+        self._training.measure(self._heldout, self.cursor["step"], epoch)
+
+    def _read_heldout(self) -> Heldout:
+        return heldout_in_shards(self._run, self.pacing.heldout, self._mesh)
 
 
 def _written_packs(run: RunFolder) -> dict[int, list[list[str]]]:

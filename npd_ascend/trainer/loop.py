@@ -1,4 +1,4 @@
-"""The epochs: packs into steps, checkpoints on the way, held-out metrics at every epoch's end.
+"""The epochs: packs into steps, checkpoints and held-out metrics on the way.
 
 The cursor is (epoch, step in the epoch) over packs that are a function of the committed samples, in an
 order that is a function of (seed, epoch); so a run that was killed goes on bit-equal, on any layout of ranks
@@ -42,11 +42,13 @@ def fit(
     checkpoints: Path,
     metrics: MetricsLog | None,
     heldout: Heldout | None = None,
+    measure_every: int | None = None,
 ) -> None:
     """Train `model` in place over epochs [first, last) of config.epochs, from the newest checkpoint if there is one.
 
-    Called by all ranks alike. samples: the training set of these epochs; heldout: measured before the first and
-    after every epoch; metrics: None on ranks that do not log.
+    Called by all ranks alike. samples: the training set of these epochs; heldout: measured before the first epoch,
+    after the last, and between them every `measure_every` steps, or after every epoch; metrics: None on ranks that do
+    not log.
     """
     training = Training(model, objective, config, mesh, checkpoints, metrics)
     cursor = training.resume(epochs[0])
@@ -62,12 +64,11 @@ def fit(
     packs = [[by_id[name] for name in pack] for pack in pack_samples(lengths, config.pack_tokens)]
     fill = pack_fill(sum(lengths.values()), len(packs), config.pack_tokens)
     training.log(cursor["step"], pack__fill=fill, pack__samples=len(samples))
-    if heldout and cursor["step_in_epoch"] == 0:
-        training.log(cursor["step"], train__epoch=cursor["epoch"], **heldout.measure(model, mesh))
-
     steps_per_epoch = -(-len(packs) // config.packs_per_step)
     total = (epochs[1] - epochs[0]) * steps_per_epoch
     done = (cursor["epoch"] - epochs[0]) * steps_per_epoch + cursor["step_in_epoch"]
+    if heldout and done == 0:
+        training.measure(heldout, cursor["step"], cursor["epoch"])
     with progress(
         f"{checkpoints.name} epochs {epochs[0] + 1}-{epochs[1]}", total, "steps", done, shown=mesh.rank == 0
     ) as bar:
@@ -80,12 +81,14 @@ def fit(
                 loss = training.step([packs[i] for i in chosen], cursor["step"], done_share, train__epoch=done_epochs)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
+                done += 1
                 cursor |= {"step_in_epoch": at + 1, "step": cursor["step"] + 1}
+                due = cursor["step"] % measure_every if measure_every else (at + 1) % steps_per_epoch
+                if heldout and (due == 0 or done == total):
+                    training.measure(heldout, cursor["step"], cursor["epoch"] + (at + 1) / steps_per_epoch)
                 if cursor["step"] % config.checkpoint_every_steps == 0 and at + 1 < steps_per_epoch:
                     training.checkpoint(cursor)
             cursor |= {"epoch": cursor["epoch"] + 1, "step_in_epoch": 0}
-            if heldout:
-                training.log(cursor["step"], train__epoch=cursor["epoch"], **heldout.measure(model, mesh))
             training.checkpoint(cursor)
     training.checkpoints.wait()
 
@@ -164,6 +167,11 @@ class Training:
             **logged,
         )
         return stats.loss
+
+    def measure(self, heldout: Heldout, step: int, epoch: float) -> None:
+        """Log what `heldout` says of the student as it is after `step` steps."""
+        if measured := heldout.measure(self.model, self.mesh):
+            self.log(step, train__epoch=epoch, **measured)
 
     def _cost(self, pack: Sequence[Sample]) -> float:
         lengths = [len(sample.token_ids) for sample in pack]

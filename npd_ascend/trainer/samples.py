@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 
-from npd_ascend.config import Config
+from npd_ascend.config import Config, StageConfig
 from npd_ascend.device import open_device
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.mesh import Mesh
-from npd_ascend.prompts import max_prompt_tokens, read_prompts
+from npd_ascend.prompts import max_prompt_tokens, read_heldout, read_prompts
 from npd_ascend.records import Rollout, Sample, Score
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.heldout import Heldout, make_heldout
+from npd_ascend.trainer.heldout import Heldout, References, make_heldout, make_references
 
 _KINDS = ("rollouts", "scores", "decisions")
 
@@ -93,6 +93,43 @@ def heldout_in_shards(run: RunFolder, shards: Iterable[int], mesh: Mesh) -> Held
     return _heldout(run, rollouts, scores, [], mesh)
 
 
+def heldout_references(config: Config, stage: StageConfig, mesh: Mesh) -> Heldout | None:
+    """For SFT and GRPO, which have no held-out rollouts and measure exact match where evaluate.every_steps is set."""
+    if config.evaluate.every_steps is None:
+        return None
+    return Heldout(references=_references(config, stage.pack_tokens, mesh))
+
+
+def _references(config: Config, pack_tokens: int, mesh: Mesh) -> References | None:
+    """Held-out prompts with the first evaluate.max_new_tokens tokens of answer and end token; None: no answers there.
+
+    What `npd eval` counts but for this: it compares texts, without white space around them and without a thought before
+    them. So it also takes other tokens of the same text, which this does not.
+    """
+    tokenizer, limit = ChatTokenizer(config.student.path), config.evaluate.max_new_tokens
+    prompts = [prompt for prompt in read_heldout(config, tokenizer, limit) if prompt.answer is not None]
+    if not prompts:
+        return None
+    ids = [tokenizer.encode_answer(prompt.answer) for prompt in prompts]
+    answered = [
+        Sample(
+            sample_id=prompt.prompt_id,
+            token_ids=prompt.token_ids + answer[:limit],
+            prompt_len=len(prompt.token_ids),
+        )
+        for prompt, answer in zip(prompts, ids, strict=True)
+        if len(answer) <= limit + 1  # the end token alone may be missing
+    ]
+    return make_references(
+        answered,
+        prompts=len(prompts),
+        vocab_size=tokenizer.vocab_size,
+        pack_tokens=pack_tokens,
+        device=open_device(config.device.kind, config.device.threads),
+        multiple_of=mesh.row_multiple,
+    )
+
+
 def _heldout(
     run: RunFolder, rollouts: list[Rollout], scores: list[Score], newest: list[Rollout], mesh: Mesh
 ) -> Heldout:
@@ -104,4 +141,5 @@ def _heldout(
         loss_impl=run.config.kernels.loss,
         device=open_device(run.config.device.kind, run.config.device.threads),
         multiple_of=mesh.row_multiple,
+        references=_references(run.config, run.config.npd.pack_tokens, mesh),
     )

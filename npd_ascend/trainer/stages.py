@@ -12,7 +12,7 @@ from npd_ascend.trainer.grpo import train_grpo
 from npd_ascend.trainer.live import train_live
 from npd_ascend.trainer.loop import fit
 from npd_ascend.trainer.objectives import Objective, npd_objective
-from npd_ascend.trainer.samples import gold_samples, kept_samples, read_heldout_set
+from npd_ascend.trainer.samples import gold_samples, heldout_references, kept_samples, read_heldout_set
 from npd_ascend.trainer.student import hand_on, load_student, open_metrics, open_ranks, publish, start_student
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ def _sft(run: RunFolder, mesh: Mesh) -> None:
             seed=config.run.seed,
             checkpoints=run.checkpoints / "sft",
             metrics=metrics,
+            heldout=heldout_references(config, config.sft, mesh),
+            measure_every=config.evaluate.every_steps,
         )
     hand_on(run, "sft", model, mesh)
 
@@ -113,5 +115,6 @@ def _train_phase(run: RunFolder, phase: Phase, mesh: Mesh) -> Decoder:
             checkpoints=run.checkpoints / "npd",
             metrics=metrics,
             heldout=heldout,
+            measure_every=config.evaluate.every_steps,
         )
     return model

@@ -19,8 +19,9 @@ import torch
 from npd_kernels.shard import VocabShard
 
 from . import impl_chunked, impl_mindspeed, impl_npu, impl_triton, reference
+from .greedy import greedy_ids
 
-__all__ = ["IMPLEMENTATIONS", "VocabShard", "token_logprobs", "token_loss"]
+__all__ = ["IMPLEMENTATIONS", "VocabShard", "greedy_ids", "token_logprobs", "token_loss"]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
