@@ -1,6 +1,7 @@
 """GRPO as a stage of a run: real processes, kills, rewards that fail, and that the reward rises."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CONFIGS
+from safetensors.torch import load_file
 
 from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
@@ -124,6 +126,36 @@ def test_killed_and_started_again_it_ends_with_equal_bits(reference, tmp_path):
     assert kills
     model = Path("student") / "model.safetensors"
     assert (folder / model).read_bytes() == (reference / model).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
+def test_several_ranks_give_the_student_of_one(reference, tmp_path, tp, dp):
+    """Trained again on the same answers and rewards: weights within 1e-3, which is fp32 rounding after six steps."""
+    folder = tmp_path / "run"
+    shutil.copytree(reference / "grpo" / "stream", folder / "grpo" / "stream")
+    shutil.copytree(reference / "grpo" / "weights" / "v0", folder / "grpo" / "weights" / "v0")
+    (folder / "logs").mkdir()
+    config = (reference / "config.yaml").read_text()
+    assert "  tp: 1\n  dp: 1\n" in config
+    (folder / "config.yaml").write_text(config.replace("  tp: 1\n  dp: 1\n", f"  tp: {tp}\n  dp: {dp}\n"))
+    words = [sys.executable, "-m", "npd_ascend", "grpo", "--run", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    start, wanted, got = (
+        load_file(path / "model.safetensors")
+        for path in (reference / "grpo" / "weights" / "v0", reference / "student", folder / "student")
+    )
+    for name, value in wanted.items():
+        assert (got[name] - value).norm() <= 1e-3 * value.norm(), name
+    moved = [float((wanted[name] - start[name]).norm() / start[name].norm()) for name in wanted]
+    assert max(moved) > 1e-2, moved  # a step left out, or a gradient that one rank did not add, would be seen
+    for name, within in (("grpo/reward", 1e-9), ("train/loss", 1e-3), ("grpo/kl", 1e-3), ("heldout/exact_match", 0.02)):
+        there, here = (
+            [row[name] for row in read_metrics(path) if row["stage"] == "grpo" and name in row]
+            for path in (reference, folder)
+        )
+        assert here == pytest.approx(there, abs=within), name
 
 
 def test_a_reward_that_hangs_is_counted_and_named_and_leaves_its_group(tmp_path, caplog):

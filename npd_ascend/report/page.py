@@ -117,7 +117,7 @@ def _curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
 
 def _exact_match_curve(figure, stage: str) -> list[dict]:
     """None where it was not measured: without evaluate.every_steps or without reference answers."""
-    note = f"during {stage}: held-out prompts whose reference answer greedy decoding would give"
+    note = f"during {stage}: share of prompts whose reference answer greedy decoding gives"
     return [{"title": "Held-out exact match", "note": note, "figure": figure}] if figure else []
 
 
