@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npd_ascend.__main__ import _parser
+from npd_ascend.arguments import parser
 from npd_ascend.config import Config, _known_keys
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +18,7 @@ def test_every_npd_command_parses(path):
     for block in re.findall(r"```(?:\w*)\n(.*?)```", path.read_text(), re.DOTALL):
         for line in block.splitlines():
             if re.match(r"npd [a-z]", line):  # not a row of a printed table
-                _parser().parse_args(shlex.split(line, comments=True)[1:])
+                parser().parse_args(shlex.split(line, comments=True)[1:])
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

@@ -143,7 +143,7 @@ def greedy_on_one_rank(mesh, vocab_size, mistake=""):
     start, stop = mesh.tp_rank * rows, min((mesh.tp_rank + 1) * rows, VOCAB)
     padding = 9 * hidden_TD[:1].expand(rows - (stop - start), -1)  # what would be noticed
     if mistake == "padding unmasked":
-        stop = start + rows
+        stop, vocab_size = start + rows, mesh.tp * rows  # either alone still masks it
     shard = VocabShard(start, stop, None if mistake == "each for itself" else mesh.tp_group)
     head_VD = torch.cat([whole_VD[start:stop], padding])
     with pytest.MonkeyPatch.context() as patch:
