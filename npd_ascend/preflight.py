@@ -36,8 +36,8 @@ def check_run(config: Config) -> str:
     student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
     lines.append(f"student  {_millions(student)} ({config.student.init}), {config.student.path}")
-    choose_kernels(config.kernels, open_device(config.device.kind, config.device.threads))
     check_cards(config)
+    choose_kernels(config.kernels, open_device(config.device.kind, config.device.threads))
     lines.append(f"kernels  {', '.join(f'{key} {impl}' for key, impl in config.kernels)}")
     if reason := refusal(student, config.parallel.tp):
         raise UserError(f"{config.student.path}/config.json: {reason}; choose another parallel.tp")

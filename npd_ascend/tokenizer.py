@@ -102,9 +102,13 @@ class ChatTokenizer:
 
 
 def _fast_tokenizer(folder: Path):
+    # without it transformers gives some classes an empty vocabulary, and says nothing
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(
+            f"{folder}/tokenizer.json: no such file; fetch the model's tokenizer again, or save it from transformers"
+        )
     config = read_json(folder / "tokenizer_config.json")
-    if (folder / "tokenizer.json").exists():
-        read_json(folder / "tokenizer.json")
+    read_json(folder / "tokenizer.json")
     # AutoTokenizer imports generation and the model classes, three seconds of every process. Where the folder names the
     # class that is tokenizer.json as it stands, that is what it would give.
     plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -112,7 +116,7 @@ def _fast_tokenizer(folder: Path):
         return (_load_plain if plain else _load_any)(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: no tokenizer can be made of it ({reason}); want its tokenizer.json") from None
+        raise UserError(f"{folder}: no tokenizer can be made of it ({reason}); fetch it again") from None
 
 
 def _load_plain(folder: Path):

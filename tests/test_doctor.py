@@ -93,12 +93,19 @@ def test_a_healthy_machine():
     assert "launch/env_ascend.sh" in found["CANN"].detail
 
 
-def test_an_ill_chip_and_a_busy_one_are_named():
+def test_an_ill_chip_and_a_busy_one_are_named(monkeypatch):
     ill = A2.replace("| 1     910B2               | OK   ", "| 1     910B2               | Alarm")
     assert _by_check(device_findings(ill))["NPU health"].detail.startswith("chip 1 Alarm; ")
+    assert _by_check(device_findings(A3, "failed"))["NPU memory"].status == "failed"
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0")  # somebody else's
+    assert _by_check(device_findings(A3, "failed"))["NPU memory"].detail == "at least 62117 of 65536 MB free"
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
     busy = _by_check(device_findings(A3))["NPU memory"]
     assert busy.status == "warning"
-    assert busy.detail == "chip 1 has 31877 of 65536 MB in use (python3.1 632268); end it first"
+    assert busy.detail == (
+        "chip 1 has 31877 of 65536 MB in use (python3.1 632268); end that first, or leave the chip out with "
+        "ASCEND_RT_VISIBLE_DEVICES"
+    )
 
 
 def test_a_driver_that_does_not_answer_is_no_empty_machine():

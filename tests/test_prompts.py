@@ -158,7 +158,7 @@ def test_tokenizers_that_disagree_are_told_apart(tokenizer, addition_student, da
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("tokenizer.json", None, "no tokenizer can be made of it"),
+        ("tokenizer.json", None, "tokenizer.json: no such file"),
         ("tokenizer.json", "{", "tokenizer.json: not JSON"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: want an object of settings"),
         ("tokenizer.json", "{}", "no tokenizer can be made of it"),

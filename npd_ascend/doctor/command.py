@@ -29,7 +29,8 @@ def examine(config: Config | None, npu_smi: str | None) -> list[Finding]:
     """npu_smi: of run_npu_smi. Later checks go on where earlier ones failed."""
     kind = config.device.kind if config else ("cpu" if npu_smi is None else accelerator())
     folder = config.run.folder if config else Path("runs") / "doctor"
-    findings = device_findings(npu_smi)
+    # a run is about to take the cards; else they may well be at work
+    findings = device_findings(npu_smi, "failed" if config and kind != "cpu" else "warning")
     if kind == "cpu":
         # pyproject.toml allows other versions than those that the numbers were made with
         findings.append(version_finding("requirements.txt", "warning"))

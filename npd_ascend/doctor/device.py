@@ -14,6 +14,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from npd_ascend.doctor.finding import Finding
 
@@ -76,8 +77,8 @@ def _chip(above: list[str], cells: list[str], index: int) -> Chip:
     return Chip(index, above[0].split()[-1], above[1], int(used), int(total))
 
 
-def device_findings(text: str | None) -> list[Finding]:
-    """text: of run_npu_smi."""
+def device_findings(text: str | None, if_busy: Literal["warning", "failed"] = "warning") -> list[Finding]:
+    """text: of run_npu_smi. if_busy: what a visible card is with memory in use."""
     if text is None:
         return [Finding(check, "not applicable", NO_NPU) for check in CHECKS]
     try:
@@ -88,7 +89,7 @@ def device_findings(text: str | None) -> list[Finding]:
     return [
         Finding("driver", "ok", f"{table.driver}, {len(table.chips)} chips, {table.chips[0].name}"),
         _health(table.chips),
-        _memory(table),
+        _memory(table, if_busy),
         _visible(len(table.chips)),
         _cann(),
     ]
@@ -102,21 +103,31 @@ def _health(chips: list[Chip]) -> Finding:
     return Finding("NPU health", "ok", f"OK on all {len(chips)}")
 
 
-def _memory(table: Table) -> Finding:
-    free = min(chip.total_mb - chip.used_mb for chip in table.chips)
-    busy = [chip for chip in table.chips if chip.used_mb > _IDLE_MB]
+def _memory(table: Table, if_busy: Literal["warning", "failed"]) -> Finding:
+    """Of the cards that a run would see."""
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    chips = [chip for chip in table.chips if visible is None or chip.number in _numbers(visible)] or table.chips
+    busy = [chip for chip in chips if chip.used_mb > _IDLE_MB]
     if busy:
         who = ", ".join(f"{name} {pid}" for pid, name in table.processes) or "no process is named"
-        said = f"chip {busy[0].number} has {busy[0].used_mb} of {busy[0].total_mb} MB in use ({who}); end it first"
-        return Finding("NPU memory", "warning", said)
-    return Finding("NPU memory", "ok", f"at least {free} of {table.chips[0].total_mb} MB free")
+        said = (
+            f"chip {busy[0].number} has {busy[0].used_mb} of {busy[0].total_mb} MB in use ({who}); end that first, or "
+            f"leave the chip out with ASCEND_RT_VISIBLE_DEVICES"
+        )
+        return Finding("NPU memory", if_busy, said)
+    free = min(chip.total_mb - chip.used_mb for chip in chips)
+    return Finding("NPU memory", "ok", f"at least {free} of {chips[0].total_mb} MB free")
+
+
+def _numbers(visible: str) -> list[int]:
+    return [int(part) for part in visible.split(",") if part.isdigit()]
 
 
 def _visible(count: int) -> Finding:
     visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
     if visible is None:
         return Finding("visible NPUs", "ok", f"all {count}")
-    numbers = [int(part) for part in visible.split(",") if part.isdigit()]
+    numbers = _numbers(visible)
     if ",".join(map(str, numbers)) != visible or numbers != sorted(set(numbers)) or max(numbers, default=-1) >= count:
         said = (
             f"ASCEND_RT_VISIBLE_DEVICES={visible!r}: want rising numbers below {count} with commas and no blanks "

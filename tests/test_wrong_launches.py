@@ -1,0 +1,121 @@
+"""What is wrong with a launch is said before anything starts, with exit code 2: on one node, and on each of several.
+
+A mount that is missing on one node, and how the others end with the node that refuses: test_nodes.py. A model that does
+not fit: test_planner.py; the scripts ask `npd plan` on every node.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGS
+from test_doctor import A3
+
+from npd_ascend.__main__ import main
+from npd_ascend.errors import UserError
+from npd_ascend.tokenizer import ChatTokenizer
+
+ROOT = CONFIGS.parent
+PRETRAINED = ["sft=null", "student.init=pretrained"]
+VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "ASCEND_RT_VISIBLE_DEVICES")
+
+
+@pytest.fixture(params=[1, 2], ids=["one node", "two nodes"])
+def nodes(request, monkeypatch) -> int:
+    """How many; this process is the last of them."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if request.param > 1:
+        monkeypatch.setenv("NNODES", str(request.param))
+        monkeypatch.setenv("NODE_RANK", str(request.param - 1))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return request.param
+
+
+def refusal(capsys, folder: Path, *words: str, command: tuple[str, ...] = ("run", "--dry-run")) -> str:
+    """The one line of a command that must not start anything."""
+    config = ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={folder}", "device.threads=1"]
+    assert main([*command, *config, *words]) == 2
+    assert not folder.exists()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+def test_too_few_cards(nodes, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
+    words = ["device.kind=npu", f"parallel.dp={3 * nodes}"]
+    said = refusal(capsys, tmp_path / "run", *words)
+    assert "3 cards are wanted side by side (sft 3) and 2 are here (0, 1); lower parallel.tp x parallel.dp" in said
+
+
+@pytest.mark.parametrize("named", ["Qwen2Tokenizer", "LlamaTokenizer"])
+def test_a_tokenizer_that_transformers_would_make_of_nothing(named, tmp_path):
+    folder = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": named}))
+    with pytest.raises(UserError, match=f"^{folder}/tokenizer.json: no such file"):
+        ChatTokenizer(folder)
+
+
+def test_ranks_that_do_not_divide_the_heads(nodes, capsys, tmp_path):
+    said = refusal(capsys, tmp_path / "run", "parallel.tp=3", f"parallel.dp={nodes}")
+    assert "attention heads do not divide over parallel.tp=3; choose another parallel.tp" in said
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("model.safetensors", "model.safetensors: no such file"),
+        ("tokenizer_config.json", "tokenizer_config.json: no such file; a model folder holds its tokenizer"),
+        ("tokenizer.json", "/tokenizer.json: no such file; fetch the model's tokenizer again, or save it from"),
+        ("config.json", "config.json"),
+    ],
+)
+def test_a_file_of_a_model_that_is_missing(nodes, missing, said, capsys, tmp_path):
+    folder = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "model"))
+    (folder / missing).unlink()
+    for key in ("teacher.path", "student.path"):
+        words = [
+            *PRETRAINED,
+            f"parallel.dp={nodes}",
+            f"student.path={CONFIGS / 'addition' / 'teacher'}",
+            f"{key}={folder}",
+        ]
+        line = refusal(capsys, tmp_path / "run", *words)
+        assert str(folder) in line
+        assert said in line
+
+
+@pytest.mark.parametrize("script", ["npd_8npu.sh", "npd_cluster.sh"])
+def test_a_card_in_use_and_a_wrong_row_of_versions_end_the_launch_scripts(script, tmp_path):
+    """npu-smi as people have posted it, and the versions of this environment, which are not those of a card's."""
+    tool = tmp_path / "npu-smi"
+    tool.write_text(f"#!{sys.executable}\nprint({json.dumps(A3)})\n")
+    tool.chmod(0o755)
+    (tmp_path / "cann").mkdir()
+    (tmp_path / "cann" / "set_env.sh").write_text("")
+    environment = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "NPD_DEVICE")}
+    environment |= {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "ASCEND_INSTALL": str(tmp_path),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    words = ["bash", f"launch/{script}"]
+    if script == "npd_cluster.sh":
+        environment |= {"NNODES": "2", "NODE_RANK": "1"}
+        words += ["--config", "configs/openpangu_1b_8npu.yaml", "parallel.dp=16"]
+    words.append(f"run.folder={tmp_path / 'runs' / 'run'}")
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^versions +failed +.* requirements-npu.txt says ", done.stdout, re.MULTILINE)
+    assert re.search(r"^NPU memory +failed +chip 1 has 31877 of 65536 MB in use", done.stdout, re.MULTILINE)
+    assert "peak" not in done.stdout  # npd plan did not begin
+    assert not (tmp_path / "runs" / "run").exists()
