@@ -6,8 +6,8 @@
 # take part. --dry-run prints every process of every node with its environment and command line, and needs no NPU and
 # no model. The repository, the models and the run folder must lie at the same paths on all nodes, the run folder on a
 # file system that all see. Killed or interrupted, the same command on every node goes on where it stopped.
-# The trainer's ranks, the rollout and the teacher workers are spread evenly: docs/parallel.md. NPD_DEVICE=cpu: the
-# same on ordinary machines, gloo in HCCL's place; name the network with GLOO_SOCKET_IFNAME, lo for a trial on one machine.
+# The trainer's ranks, the rollout and the teacher workers are spread evenly: docs/parallel.md. GLOO_SOCKET_IFNAME and
+# HCCL_SOCKET_IFNAME: interface of the network between the nodes (lo for a trial on one machine). NPD_DEVICE=cpu: no NPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" != --config ] || [ -z "${2:-}" ] || [ -z "${NNODES:-}" ] || [ -z "${NODE_RANK:-}" ]; then
