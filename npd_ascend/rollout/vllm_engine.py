@@ -19,6 +19,7 @@ from npd_ascend.model.hf_weights import hf_shapes
 from npd_ascend.rollout.engine import Completion, Request, Sampling
 from npd_ascend.rollout.vllm_versions import (
     complete,
+    finish_from_device,
     join_sender,
     load_from_device,
     rank_count,
@@ -130,7 +131,8 @@ class VllmEngine:
             else:
                 receive_weights(self._llm, manifest)
         times.append(time.perf_counter())
-        take_received_weights(self._llm, tied=self._config.tie_embeddings)
+        take = finish_from_device if self._group else take_received_weights
+        take(self._llm, tied=self._config.tie_embeddings)
         self._torn = False
         times.append(time.perf_counter())
         reset_prefix_cache(self._llm)

@@ -3,8 +3,9 @@
 Unlike vLLM's own backends it takes nothing into the model before all of it is here and checked, so a transfer that
 fails leaves the engine with the weights that it had. The price is the weights once more in host memory while it lasts.
 
-In vLLM 0.23 the worker itself turns to layerwise reloading when an update starts, not the backend as in 0.32; this
-has NOT been run there, and the class would then do in receive_weights what finish_weight_update does here.
+So vllm_versions.py calls receive_weights and load_received by themselves, and not the worker's start, update and
+finish: in vLLM 0.23, and in vllm-ascend, that worker takes the model apart when an update starts, and waits for an
+accelerator that a CPU does not have.
 """
 
 from typing import Any
@@ -33,24 +34,30 @@ class GlooEngine(WeightTransferEngine):
         rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = open_group(init_info, 1 + rank)
 
-    def start_weight_update(self) -> None:
+    def receive_weights(self, update_info: Manifest, load_weights: None = None) -> None:
+        """load_weights: of vLLM 0.23, which would take the tensors one by one."""
         self._received = []
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Without the base class's wait for the device: nothing has gone there."""
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: Manifest) -> None:
         self._received = update_info.views(receive_buckets(update_info, self._group))
 
-    def finish_weight_update(self) -> None:
+    def load_received(self, model_config: Any) -> None:
         initialize_layerwise_reload(self.model)
         self.model.load_weights(iter(self._received))
-        finalize_layerwise_reload(self.model, self.model_config)
+        finalize_layerwise_reload(self.model, model_config)
         self._received = []
 
     def shutdown(self) -> None:
         self._group, self._received = None, []
+
+    # abstract in 0.32, or in 0.23, and not called
+    def start_weight_update(self) -> None:
+        raise AssertionError("receive_weights is the start")
+
+    def finish_weight_update(self) -> None:
+        raise AssertionError("load_received is the end")
+
+    @staticmethod
+    def trainer_send_weights(*arguments: Any) -> None:
+        raise AssertionError("npd_ascend/weights/sender.py sends")
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, GlooEngine)

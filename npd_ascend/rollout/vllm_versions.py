@@ -1,7 +1,7 @@
 """All that depends on vLLM's version: the environment it reads, its arguments, how weights are replaced.
 
-Written for vLLM 0.32, with which tests/vllm_cpu runs it. The versions for Ascend (0.23) have not been tried; what is
-different there belongs into this file.
+For vLLM 0.32, with which tests/vllm_cpu runs it, and 0.23, that of the row for Ascend, with which it was run by hand on
+a CPU (docs/ascend.md). Where the two differ, it stands here.
 """
 
 import os
@@ -129,14 +129,29 @@ def join_sender(llm: Any, group: GroupInfo | DeviceGroupInfo) -> None:
 
 def receive_weights(llm: Any, manifest: Manifest) -> None:
     """Beside the weights in use, which stay; RuntimeError, TransferError among them, if they do not come intact."""
-    llm.start_weight_update()
-    llm.update_weights({"update_info": asdict(manifest)})
+    llm.collective_rpc(_receive, args=(manifest,))
+
+
+def take_received_weights(llm: Any, *, tied: bool) -> None:
+    """Those of receive_weights in place of those that `llm` has; tied and the KV cache as in replace_weights."""
+    llm.collective_rpc(_load_received)
+    if tied:
+        llm.apply_model(_pack_head)
+
+
+def _receive(worker: Any, manifest: Manifest) -> None:
+    worker.weight_transfer_engine.receive_weights(manifest)
+
+
+def _load_received(worker: Any) -> None:
+    with torch.device(worker.device):
+        worker.weight_transfer_engine.load_received(worker.model_config)
 
 
 def load_from_device(llm: Any, manifest: Manifest, group: DeviceGroupInfo) -> None:
     """From the trainer's device into the model, bucket by bucket as they come; RuntimeError if they do not.
 
-    Until take_received_weights has returned the model is neither the old nor the new one. After an error it cannot
+    Until finish_from_device has returned the model is neither the old nor the new one. After an error it cannot
     even be loaded again: vLLM keeps what had come of a layer, and takes the layer for whole too early the next time.
     """
     info = {
@@ -149,6 +164,13 @@ def load_from_device(llm: Any, manifest: Manifest, group: DeviceGroupInfo) -> No
     llm.update_weights({"update_info": info | packing})
 
 
+def finish_from_device(llm: Any, *, tied: bool) -> None:
+    """What load_from_device began; tied and the KV cache as in replace_weights."""
+    llm.finish_weight_update()
+    if tied:
+        llm.apply_model(_pack_head)
+
+
 def _packing(group: DeviceGroupInfo) -> dict[str, Any]:
     return {"packed": True, "packed_buffer_size_bytes": group.bucket_bytes, "packed_num_buffers": 2}
 
@@ -158,14 +180,6 @@ def _packing_is_agreed_once() -> bool:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo
 
     return "packed" in NCCLWeightTransferInitInfo.__dataclass_fields__
-
-
-def take_received_weights(llm: Any, *, tied: bool) -> None:
-    """Those of receive_weights or load_from_device in place of those that `llm` has; tied and the KV cache as in
-    replace_weights."""
-    llm.finish_weight_update()
-    if tied:
-        llm.apply_model(_pack_head)
 
 
 def reset_prefix_cache(llm: Any) -> None:
