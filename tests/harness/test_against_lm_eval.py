@@ -1,12 +1,14 @@
 """`npd eval --benchmarks` against lm-eval's own command: the same small model, the same questions, the same scores.
 
-In an environment of its own (requirements-eval.txt); launch/test.sh makes it. The model has random weights and writes
-mostly digits and full stops, so that filters find numbers and stop texts come up; half of the reference answers are
-what it says, so that scores lie between 0 and 1 and move when anything about the prompt or the stop does.
+With requirements-eval.txt; launch/test.sh installs it beside vLLM. The model has random weights and writes mostly
+digits and full stops, so that filters find something and stop texts come up; half of the reference answers
+are what it says, so that scores lie between 0 and 1 and move when anything about the prompt or the stop does.
+Rows are in the shape of the hub's, made here. MBPP and HumanEval are missing: their metric comes from the hub.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -24,15 +26,32 @@ if find_spec("lm_eval") is None:
         "lm_eval is not installed; launch/test.sh runs this in an environment of its own", allow_module_level=True
     )
 
+import datasets
 from lm_eval import tasks
 
 from npd_ascend.__main__ import main
-from npd_ascend.evaluate import engine_lm
-from npd_ascend.evaluate.benchmarks import TASKS
+from npd_ascend.evaluate import engine_lm, harness
+from npd_ascend.evaluate.benchmarks import BENCHMARKS, TASKS
 from npd_ascend.rollout.hf_engine import HfEngine
 
 torch.set_num_threads(1)
 QUESTIONS, NEW_TOKENS = 24, 24
+ORIGINALS = Path(tasks.__file__).parent
+# lm-eval's definition, split that is asked; the groups have a definition and a configuration of the data per subject
+GROUPS = {
+    "mmlu": ("mmlu/default/mmlu_*.yaml", "test"),
+    "cmmlu": ("cmmlu/cmmlu_*.yaml", "test"),
+    "ceval": ("ceval/ceval-valid_*.yaml", "val"),
+}
+SINGLE = {
+    "gsm8k": (ORIGINALS / "gsm8k" / "gsm8k.yaml", "test"),
+    "drop": (ORIGINALS / "drop" / "default.yaml", "validation"),
+    "cluewsc": (TASKS / "cluewsc.yaml", "validation"),
+    "math500": (ORIGINALS / "minerva_math" / "minerva_math500.yaml", "test"),
+    "gpqa_diamond": (ORIGINALS / "gpqa" / "cot_zeroshot" / "gpqa_diamond_cot_zeroshot.yaml", "train"),
+    "ifeval": (ORIGINALS / "ifeval" / "ifeval.yaml", "train"),
+}
+SHOTS = {"mmlu": 1, "math500": 4}  # else none
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -51,7 +70,8 @@ def make_model(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|im_end|>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    shape = {"vocab_size": len(vocabulary), "max_position_embeddings": 1024, "bos_token_id": None}
+    shape = {"vocab_size": len(vocabulary), "max_position_embeddings": 4096, "bos_token_id": None}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32, the smallest that vLLM takes on CPU
     model = make_hf_model("llama", seed=3, **shape)
     with torch.no_grad():
         for letters_of_answers in [*"0123456789 .", "<|im_end|>"]:
@@ -70,14 +90,14 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 def make_data(folder: Path, said: dict[str, list[str]]) -> dict[str, Path]:
     """Questions of every shape; every second reference answer is what the model said, if it is known."""
     folder.mkdir()
-    gsm8k, drop, cluewsc = [], [], []
+    rows: dict[str, list[dict]] = {name: [] for name in SINGLE}
     for i in range(QUESTIONS):
         known = said and i % 2 == 0
         number = said["gsm8k"][i] if known else f"{i}"
-        gsm8k.append({"question": f"What is {i * 7} and {i * i}?", "answer": f"We add.\n#### {number}"})
+        rows["gsm8k"].append({"question": f"What is {i * 7} and {i * i}?", "answer": f"We add.\n#### {number}"})
         span = said["drop"][i].strip() or "nothing" if known else f"team {i}"
         empty = {"number": "", "date": {"day": "", "month": "", "year": ""}}
-        drop.append(
+        rows["drop"].append(
             {
                 "query_id": f"q{i}",
                 "passage": f"Team {i} won {i + 3} games to {i}.",
@@ -87,44 +107,100 @@ def make_data(folder: Path, said: dict[str, list[str]]) -> dict[str, Path]:
             }
         )
         target = {"span1_text": f"甲{i}", "span2_text": "他", "span1_index": 0, "span2_index": 3}
-        cluewsc.append({"text": f"甲{i}说他来了。", "target": target, "label": ["true", "false"][i * i % 3 % 2]})
-    rows = {"gsm8k": gsm8k, "drop": drop, "cluewsc": cluewsc}
-    return {name: write_lines(folder / f"{name}.jsonl", lines) for name, lines in rows.items()}
+        rows["cluewsc"].append(
+            {"text": f"甲{i}说他来了。", "target": target, "label": ["true", "false"][i * i % 3 % 2]}
+        )
+        numbers = re.findall(r"\d+", said["math500"][i]) if known else []
+        rows["math500"].append(
+            {
+                "problem": f"What is ${i} + {i * i}$?",
+                "solution": f"It is $\\boxed{{{numbers[-1] if numbers else i}}}$.",
+                "answer": "",
+                "subject": "Algebra",
+                "level": 1,
+                "unique_id": f"test/algebra/{i}.json",
+            }
+        )
+        # the filter drops full stops and takes the last of equal choices, so it depends on their order which is right
+        right = "2479"[i % 4]
+        wrong = {f"Incorrect Answer {n}": text for n, text in enumerate((f"{right}.", "none", "all"), 1)}
+        rows["gpqa_diamond"].append({"Question": f"How high is hill {i}?", "Correct Answer": right} | wrong)
+        # two that hold of some answers and split no sentences, for which NLTK's data would be needed
+        words = {"num_words": i % 12 + 1, "relation": "at least"}
+        rows["ifeval"].append(
+            {
+                "key": i,
+                "prompt": f"Write about hill {i} in at least {i % 12 + 1} words, without a comma.",
+                "instruction_id_list": ["length_constraints:number_words", "punctuation:no_comma"],
+                "kwargs": [words, dict.fromkeys(words)],
+            }
+        )
+    data = {name: write_lines(folder / f"{name}.jsonl", lines) for name, lines in rows.items()}
+    return data | {name: make_subjects(folder / name, name) for name in GROUPS}
 
 
-def npd_eval(folder: Path, model: Path, data: dict[str, Path], **changes) -> dict[str, float]:
-    """Scores of `npd eval --benchmarks` by benchmark."""
-    generated = {"shots": 0, "max_new_tokens": NEW_TOKENS}
-    settings = {
+def subjects(name: str) -> dict[str, str]:
+    """Of a benchmark: lm-eval's file -> the configuration of the data."""
+    return {str(file): yaml.safe_load(file.read_text())["dataset_name"] for file in ORIGINALS.glob(GROUPS[name][0])}
+
+
+def make_subjects(folder: Path, name: str) -> Path:
+    """A folder as the hub's, with a configuration per subject; a question and an example in each."""
+    folder.mkdir()
+    configurations = []
+    for i, subject in enumerate(sorted(subjects(name).values())):
+        text, choices = f"Which is right of {subject}, number {i}?", [f"{i + n} {subject}" for n in range(4)]
+        lettered = dict(zip("ABCD", choices, strict=True)) | {"id": i, "explanation": ""}
+        row = {
+            "mmlu": {"question": text, "subject": subject, "choices": choices, "answer": i % 4},
+            "cmmlu": {"Question": text, "Answer": "ABCD"[i % 4]} | lettered,
+            "ceval": {"question": text, "answer": "ABCD"[i % 4]} | lettered,
+        }[name]
+        files = []
+        for split in (GROUPS[name][1], "dev"):
+            write_lines(folder / f"{subject}-{split}.jsonl", [row])
+            files.append({"split": split, "path": f"{subject}-{split}.jsonl"})
+        configurations.append({"config_name": subject, "data_files": files})
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configurations})}---\n")
+    return folder
+
+
+def npd_settings(folder: Path, model: Path, data: dict[str, Path]) -> dict:
+    return {
         "folder": str(folder),
         "device": {"threads": 1},
-        "model": {"path": str(model), "batch_size": 8},
+        "model": {"path": str(model), "batch_size": 8, "kv_cache_gib": 0.1},
         "benchmarks": {
-            name: {"data": str(file)} | (generated if name != "cluewsc" else {"shots": 0})
-            for name, file in data.items()
+            name: {"data": str(place), "shots": SHOTS.get(name, 0)}
+            | ({} if BENCHMARKS[name].metric == "acc" else {"max_new_tokens": NEW_TOKENS})
+            for name, place in data.items()
         },
     }
+
+
+def npd_eval(folder: Path, model: Path, data: dict[str, Path], **changes) -> dict[str, list[float]]:
+    """Scores of every question by `npd eval --benchmarks`."""
     path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(settings | changes))
+    path.write_text(yaml.safe_dump(npd_settings(folder, model, data) | changes))
     assert main(["eval", "--benchmarks", str(path)]) == 0
-    results = json.loads((folder / "results.json").read_text())["benchmarks"]
-    return {name: result["score"] for name, result in results.items()}
+    return scores_of(folder)
+
+
+def scores_of(folder: Path) -> dict[str, list[float]]:
+    names = json.loads((folder / "results.json").read_text())["benchmarks"]
+    return {
+        name: [row["score"] for row in json.loads((folder / name / "questions-0.json").read_text())] for name in names
+    }
 
 
 def said_by(folder: Path, name: str) -> list[str]:
     return [row["answer"] for row in json.loads((folder / name / "questions-0.json").read_text())]
 
 
-def lm_eval_command(folder: Path, model: Path, data: dict[str, Path]) -> dict[str, float]:
-    """Scores of `lm-eval run --model hf` on its own tasks, of which only where the data lie is changed."""
-    originals = Path(tasks.__file__).parent
-    bases = {
-        "gsm8k": (originals / "gsm8k" / "gsm8k.yaml", "test"),
-        "drop": (originals / "drop" / "default.yaml", "validation"),
-        "cluewsc": (TASKS / "cluewsc.yaml", "validation"),
-    }
+def lm_eval_command(folder: Path, model: Path, data: dict[str, Path]) -> dict[str, list[float]]:
+    """Scores of every question by `lm-eval run --model hf` on its own tasks; only where the data lie is changed."""
     (folder / "tasks").mkdir(parents=True)
-    for name, (base, split) in bases.items():
+    for name, (base, split) in SINGLE.items():
         local = {
             "include": str(base),
             "task": f"local_{name}",
@@ -132,45 +208,107 @@ def lm_eval_command(folder: Path, model: Path, data: dict[str, Path]) -> dict[st
             "dataset_name": None,
             "dataset_kwargs": {"data_files": {split: str(data[name])}},
             "training_split": None,
-            "fewshot_split": None,
+            "num_fewshot": SHOTS.get(name, 0),
         }
+        local |= {} if name in SHOTS else {"fewshot_split": None}
         (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(local))
+    for name in GROUPS:
+        for base, subject in subjects(name).items():
+            local = {
+                "include": base,
+                "task": f"local_{name}_{subject}",
+                "tag": f"local_{name}",
+                "dataset_path": str(data[name]),
+                "description": "",  # model.system_prompt: none
+                "num_fewshot": SHOTS.get(name, 0),
+            }
+            (folder / "tasks" / f"{name}_{subject}.yaml").write_text(yaml.safe_dump(local))
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
     command += ["--model_args", f"pretrained={model},dtype=float32", "--include_path", str(folder / "tasks")]
-    command += ["--tasks", *(f"local_{name}" for name in bases), "--apply_chat_template", "--num_fewshot", "0"]
-    command += ["--gen_kwargs", f"max_gen_toks={NEW_TOKENS}", "--output_path", str(folder / "out")]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
-    (file,) = (folder / "out").rglob("results_*.json")
-    results = json.loads(file.read_text())["results"]
-    metrics = {"gsm8k": "exact_match,flexible-extract", "drop": "f1,none", "cluewsc": "acc,none"}
-    return {name: results[f"local_{name}"][metric] for name, metric in metrics.items()}
+    command += [
+        "--tasks",
+        *(f"local_{name}" for name in data),
+        "--apply_chat_template",
+        "--fewshot_as_multiturn",
+        "true",
+    ]
+    command += ["--gen_kwargs", f"max_gen_toks={NEW_TOKENS}", "--output_path", str(folder / "out"), "--log_samples"]
+    # a cache of its own: GPQA shuffles its choices, and would find them shuffled
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}
+    subprocess.run(command, check=True, env=env, timeout=900)
+    scores = {}
+    for name in data:
+        files = (folder / "out").rglob(f"samples_local_{name}_*.jsonl")
+        rows = [
+            json.loads(line)
+            for file in sorted(files, key=lambda file: re.sub(r"_\d{4}-.*", "", file.name))  # without the date
+            for line in file.read_text().split("\n")[:-1]
+        ]
+        asked = BENCHMARKS[name]
+        scores[name] = [float(row[asked.metric]) for row in rows if row["filter"] == asked.filter]
+    return scores
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """(folder, model, data, scores of lm-eval's own command)."""
     folder = tmp_path_factory.mktemp("harness")
-    os.environ |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # of the processes that are started here
+    datasets.config.HF_DATASETS_CACHE = folder / "hf"
+    # IF-Eval's task would fetch it; what is asked here does not need it
+    (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    os.environ["NLTK_DATA"] = str(folder / "nltk")
     model = make_model(folder / "model")
     first = make_data(folder / "first", {})
-    npd_eval(folder / "said", model, {name: first[name] for name in ("gsm8k", "drop")})
-    data = make_data(folder / "data", {name: said_by(folder / "said", name) for name in ("gsm8k", "drop")})
+    quoted = ("gsm8k", "drop", "math500")
+    npd_eval(folder / "said", model, {name: first[name] for name in quoted})
+    data = make_data(folder / "data", {name: said_by(folder / "said", name) for name in quoted})
     scores = lm_eval_command(folder / "theirs", model, data)
-    assert all(0.1 < score < 0.9 for score in scores.values()), scores  # 0 and 1 would agree by themselves
+    assert all(0.1 < sum(each) / len(each) < 0.9 for each in scores.values()), (
+        scores
+    )  # 0 and 1 would agree by themselves
     return folder, model, data, scores
 
 
 def test_the_same_scores_as_lm_evals_own_command(theirs):
     folder, model, data, scores = theirs
-    assert npd_eval(folder / "ours", model, data) == scores
+    assert npd_eval(folder / "ours", model, data) == scores  # question by question
 
 
 def test_a_prompt_without_the_chat_template_shows(theirs, monkeypatch):
     folder, model, data, scores = theirs
     plain = lambda self, turns, add_generation_prompt=True: "".join(turn["content"] for turn in turns)  # noqa: E731
     monkeypatch.setattr(engine_lm.EngineLM, "apply_chat_template", plain)
-    wrong = npd_eval(folder / "no_template", model, data)
-    assert all(wrong[name] != scores[name] for name in ("gsm8k", "drop")), (wrong, scores)
+    asked = ("mmlu", "gsm8k", "drop", "ifeval")
+    wrong = npd_eval(folder / "no_template", model, {name: data[name] for name in asked})
+    assert all(wrong[name] != scores[name] for name in asked), (wrong, scores)
+
+
+def test_other_examples_and_other_choices_show(theirs, monkeypatch):
+    """Those before the question, and their order in GPQA, which lm-eval shuffles when it loads."""
+    folder, model, data, scores = theirs
+    monkeypatch.setattr(sys.modules[__name__], "SHOTS", {})
+    seed = harness.random.seed
+    monkeypatch.setattr(harness.random, "seed", lambda number: seed(number + 1))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf_again")  # where it is not yet shuffled
+    asked = ("mmlu", "math500", "gpqa_diamond")
+    wrong = npd_eval(folder / "no_examples", model, {name: data[name] for name in asked})
+    assert all(wrong[name] != scores[name] for name in asked), (wrong, scores)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; launch/test.sh has it here")
+def test_vllm_gives_the_scores_of_transformers(theirs):
+    """In a process of its own, as the command is typed."""
+    folder, model, data, scores = theirs
+    asked = {name: data[name] for name in ("gsm8k", "drop", "cluewsc", "gpqa_diamond")}
+    settings = npd_settings(folder / "vllm", model, asked)
+    settings["model"]["engine"] = "vllm"
+    (folder / "vllm.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "npd_ascend", "eval", "--benchmarks", str(folder / "vllm.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    assert scores_of(folder / "vllm") == {name: scores[name] for name in asked}
+    assert said_by(folder / "vllm", "gsm8k") == said_by(folder / "ours", "gsm8k")
 
 
 def test_a_wrong_stop_shows(theirs, monkeypatch):
@@ -207,7 +345,8 @@ def test_killed_and_started_again_asks_only_what_is_left(theirs, monkeypatch):
 def test_samples_differ_and_are_averaged(theirs):
     folder, model, data, _ = theirs
     sampled = {"data": str(data["gsm8k"]), "shots": 0, "max_new_tokens": 8, "samples": 2, "temperature": 1.0}
-    score = npd_eval(folder / "sampled", model, data, benchmarks={"gsm8k": sampled | {"questions": 8}})["gsm8k"]
+    npd_eval(folder / "sampled", model, data, benchmarks={"gsm8k": sampled | {"questions": 8}})
+    score = json.loads((folder / "sampled" / "results.json").read_text())["benchmarks"]["gsm8k"]["score"]
     rows = [json.loads((folder / "sampled" / "gsm8k" / f"questions-{i}.json").read_text()) for i in (0, 1)]
     assert [row["answer"] for row in rows[0]] != [row["answer"] for row in rows[1]]
     assert score == sum(row["score"] for sample in rows for row in sample) / 16
