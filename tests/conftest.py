@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,13 @@ SLOW = os.environ.get("NPD_SLOW") == "1"
 torch.set_num_threads(1)  # two test processes run side by side on two cores
 
 
+_files_with_ranks: set[Path] = set()
+
+
 def pytest_collection_modifyitems(config, items):
-    """Plain pytest names what it leaves out and why."""
+    """Files that share the pool of ranks come first; plain pytest names what it leaves out and why."""
+    _files_with_ranks.update(item.path for item in items if "ranks" in item.fixturenames)
+    items.sort(key=lambda item: item.path not in _files_with_ranks)
     if SLOW or "slow" in config.getoption("markexpr"):
         return
     for item in items:
@@ -93,14 +99,24 @@ def make_samples(lengths, vocab_size=61, top_k=5, seed=0):
     return samples
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def ranks():
     """A pool of gloo processes; tests that use it name a layout (tp, dp, sequence_parallel)."""
-    from ranks import RankPool
+    from ranks import shared_pool
 
-    pool = RankPool()
-    yield pool
-    pool.close()
+    return shared_pool()
+
+
+def pytest_runtest_setup(item):
+    """The pool goes before the next file that does without: its idle threads wake up so often that they fill a core."""
+    ranks = sys.modules.get("ranks")
+    if ranks and item.path not in _files_with_ranks:
+        ranks.close_pool()
+
+
+def pytest_sessionfinish():
+    if ranks := sys.modules.get("ranks"):
+        ranks.close_pool()
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -1,4 +1,4 @@
-"""Gloo ranks that live for one pytest run, so that a case on several ranks costs milliseconds."""
+"""Gloo ranks that live for all tests that want them, so that a case on several ranks costs milliseconds."""
 
 import queue
 import tempfile
@@ -32,6 +32,23 @@ def _serve(rank, folder, inbox, outbox):
             except BaseException:
                 outbox.put((rank, None, f"rank {rank}:\n{traceback.format_exc()}"))
     dist.destroy_process_group()
+
+
+_pool: "RankPool | None" = None
+
+
+def shared_pool() -> "RankPool":
+    """The pool of this pytest process, started when it is first asked for."""
+    global _pool
+    _pool = _pool or RankPool()
+    return _pool
+
+
+def close_pool() -> None:
+    global _pool
+    if _pool:
+        _pool.close()
+    _pool = None
 
 
 class RankPool:
