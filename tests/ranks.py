@@ -13,7 +13,7 @@ from npd_ascend.parallel.mesh import make_mesh
 
 WORLD = 8
 LAYOUTS = [(2, 1), (3, 1), (4, 1), (6, 1), (1, 2), (2, 2), (4, 2), (1, 4)]
-TIMEOUT = timedelta(seconds=60)  # a new group does not inherit one
+TIMEOUT = timedelta(seconds=200)  # a new group does not inherit one
 
 
 def _serve(rank, folder, inbox, outbox):
@@ -75,9 +75,9 @@ class RankPool:
         values = {}
         while len(values) < layout[0] * layout[1]:
             try:
-                rank, values[rank], error = self._outbox.get(timeout=120)
+                rank, values[rank], error = self._outbox.get(timeout=300)
             except queue.Empty:
-                error = f"only ranks {sorted(values)} answered within 120 s"
+                error = f"only ranks {sorted(values)} answered within 300 s"
             if error:
                 self.close()  # the others may be stuck in a collective
                 self._start()

@@ -56,8 +56,8 @@ def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
     second = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(second, signal_)
     stopped = time.monotonic()
-    _, said = launcher.communicate(timeout=60)
-    assert time.monotonic() - stopped < 8 + 10 + 20  # time-out, grace, a slow machine
+    _, said = launcher.communicate(timeout=200)
+    assert time.monotonic() - stopped < 8 + 10 + 60  # time-out, grace, a slow machine
     assert launcher.returncode == (128 + signal.SIGKILL if signal_ == signal.SIGKILL else 75)
     assert "rank 0 of 2 lost another rank or waited 8 s (parallel.timeout_s)" in said
     assert ("rank 1 was killed by SIGKILL" in said) == (signal_ == signal.SIGKILL)
@@ -72,7 +72,7 @@ def test_npd_run_starts_ranks_again_of_which_one_hangs(tmp_path):
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
     ranks = _wait_for(lambda: _ranks(run.pid) if _steps(tmp_path / "run") > 12 else None)
     os.kill(ranks[1], signal.SIGSTOP)
-    _, said = run.communicate(timeout=180)
+    _, said = run.communicate(timeout=400)
     assert run.returncode == 0, said
     assert "npd sft lost one of its ranks; restart 1 of 5" in said
     assert "going on at epoch" in said
@@ -129,9 +129,9 @@ def _ranks(pid):
 
 
 def _wait_for(condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if value := condition():
             return value
         time.sleep(0.1)
-    raise AssertionError("waited 120 s in vain")
+    raise AssertionError("waited 300 s in vain")

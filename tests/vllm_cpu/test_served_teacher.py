@@ -49,7 +49,7 @@ def url(tmp_path_factory):
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
     try:
-        for _ in range(240):
+        for _ in range(600):
             assert server.poll() is None, log.read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
