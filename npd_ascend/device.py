@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from npd_ascend.errors import UserError
@@ -68,6 +69,16 @@ def _open_npu() -> torch.device:
     if os.environ.get("HCCL_DETERMINISTIC", "false").lower() != "false":
         torch.use_deterministic_algorithms(True)
     return torch.device("npu", index)
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`values` on `device`, where the copy waits its turn behind what is queued there, and the host for nothing.
+
+    From page-locked memory: torch_npu waits for the stream with any other (CachingHostAllocator.cpp), and keeps this
+    until the copy is over. On a CPU it shares the memory of `values`.
+    """
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def accelerator() -> str:

@@ -15,9 +15,12 @@ from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
+from itertools import chain, pairwise
 
+import numpy as np
 import torch
 
+from npd_ascend.device import to_device
 from npd_ascend.errors import UserError
 
 
@@ -104,23 +107,23 @@ def lay_out(rows: Sequence[tuple[Sequence[int], int]], device: torch.device, mul
 
     multiple_of: what T must divide by (sequence parallelism); a last sample of padding without an answer sees to it.
     """
-    cu_seqlens: list[int] = [0]
-    token_ids: list[int] = []
-    predict: list[int] = []
-    answer_ids: list[int] = []
-    for ids, prompt_len in rows:
-        start = cu_seqlens[-1]
-        token_ids.extend(ids)
-        answer_ids.extend(ids[prompt_len:])
-        predict.extend(range(start + prompt_len - 1, start + len(ids) - 1))
-        cu_seqlens.append(start + len(ids))
+    cu_seqlens = [0]
+    for ids, _ in rows:
+        cu_seqlens.append(cu_seqlens[-1] + len(ids))
+    predict = np.concatenate(
+        [
+            np.arange(start + prompt_len - 1, end - 1)
+            for (start, end), (_, prompt_len) in zip(pairwise(cu_seqlens), rows, strict=True)
+        ]
+    )
+    token_ids = np.fromiter(chain.from_iterable(ids for ids, _ in rows), np.int64, cu_seqlens[-1])
     if padding := -cu_seqlens[-1] % multiple_of:
-        token_ids.extend([0] * padding)
+        token_ids = np.pad(token_ids, (0, padding))
         cu_seqlens.append(len(token_ids))
     return PackLayout(
-        token_ids_T=torch.tensor(token_ids, device=device),
+        token_ids_T=to_device(token_ids, device),
         cu_seqlens=tuple(cu_seqlens),
-        predict_A=torch.tensor(predict, device=device),
-        answer_ids_A=torch.tensor(answer_ids, device=device),
+        predict_A=to_device(predict, device),
+        answer_ids_A=to_device(token_ids[predict + 1], device),
         answer_lens=tuple(len(ids) - prompt_len for ids, prompt_len in rows),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from npd_ascend.device import to_device
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import PackLayout, lay_out, pack_samples
 from npd_ascend.parallel.mesh import ALONE, Mesh
@@ -129,7 +130,7 @@ def make_generated(
     return [
         Generated(
             make_batch(pack, Objective(), device, multiple_of),
-            torch.from_numpy(np.concatenate([rollout.logprobs for rollout in pack])).to(device),
+            to_device(np.concatenate([rollout.logprobs for rollout in pack]), device),
         )
         for pack in _packs({rollout.sample_id: rollout for rollout in rollouts}, pack_tokens)
     ]
@@ -144,8 +145,8 @@ def exact_matches(model: Decoder, layout: PackLayout, vocab_size: int) -> torch.
     """
     hidden_AD = model(layout.token_ids_T, layout.cu_seqlens)[layout.predict_A]
     taken_A = greedy_ids(hidden_AD, model.head_weight_VD, vocab_size=vocab_size, shard=model.vocab_shard)
-    lens = torch.tensor(layout.answer_lens)
-    sample_A = torch.arange(len(lens)).repeat_interleave(lens).to(taken_A.device)
+    lens = np.array(layout.answer_lens)
+    sample_A = to_device(np.arange(len(lens)).repeat(lens), taken_A.device)
     wrong_A = (taken_A != layout.answer_ids_A).float()
     wrong_S = torch.zeros(len(lens), device=taken_A.device).index_add_(0, sample_A, wrong_A)
     return (wrong_S == 0).sum()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from npd_ascend.config import Config, GrpoConfig
+from npd_ascend.device import to_device
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import PackLayout, lay_out
 from npd_ascend.records import Sample
@@ -82,21 +83,20 @@ def weight_sum(samples: Iterable[Sample], objective: Objective) -> float:
 def make_batch(samples: Sequence[Sample], objective: Objective, device: torch.device, multiple_of: int = 1) -> Batch:
     """Lay the samples of one pack out with the targets of `objective`; multiple_of: see lay_out."""
     layout = lay_out([(sample.token_ids, sample.prompt_len) for sample in samples], device, multiple_of)
-    lens = torch.tensor(layout.answer_lens)
-    per_sample = {"token": torch.ones(len(lens)), "sample": 1 / lens, "sqrt": lens.rsqrt()}[objective.normalise]
-    token_weight_A = per_sample.float().repeat_interleave(lens).to(device)
+    lens = np.array(layout.answer_lens)
+    per_sample = {"token": np.ones(len(lens)), "sample": 1 / lens, "sqrt": lens**-0.5}[objective.normalise]
+    token_weight_A = to_device(per_sample.astype(np.float32).repeat(lens), device)
     ids_AS, probs_AK = layout.answer_ids_A[:, None], None
     if objective.lambda_ > 0:
-        topk_ids_AK = torch.from_numpy(np.concatenate([sample.teacher_topk_ids for sample in samples])).long()
-        logprobs_AK = torch.from_numpy(np.concatenate([sample.teacher_topk_logprobs for sample in samples]))
-        renormalise = objective.targets == "renormalised"
-        probs_AK = (logprobs_AK.softmax(-1) if renormalise else logprobs_AK.exp()).to(device)
-        ids_AS = torch.cat([ids_AS, topk_ids_AK.to(device)], 1)
+        topk_ids_AK = to_device(np.concatenate([sample.teacher_topk_ids for sample in samples]), device)
+        logprobs_AK = to_device(np.concatenate([sample.teacher_topk_logprobs for sample in samples]), device)
+        probs_AK = logprobs_AK.softmax(-1) if objective.targets == "renormalised" else logprobs_AK.exp()
+        ids_AS = torch.cat([ids_AS, topk_ids_AK.long()], 1)
     policy = None
     if objective.grpo:
-        advantages = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)
-        generator_A = torch.from_numpy(np.concatenate([sample.generator_logprobs for sample in samples]))
-        policy = PolicyTargets(advantages.repeat_interleave(lens).to(device), generator_A.to(device))
+        advantages = np.array([sample.advantage for sample in samples], np.float32)
+        generator_A = np.concatenate([sample.generator_logprobs for sample in samples])
+        policy = PolicyTargets(to_device(advantages.repeat(lens), device), to_device(generator_A, device))
     return Batch(layout, ids_AS, probs_AK, token_weight_A, policy)
 
 

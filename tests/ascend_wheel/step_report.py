@@ -25,9 +25,10 @@ def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     mesh = Mesh(tp=2, sequence_parallel=True, tp_group=dist.group.WORLD)
     with tracing() as watch:
-        model, batch = fake_decoder(PANGU_1B, "selective", mesh), fake_batch(PACK, 10, mesh)
+        model = fake_decoder(PANGU_1B, "selective", mesh)
         optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
         watch.waits.clear()
+        batch = fake_batch(PACK, 10, mesh)
         train_step(model, [batch], optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
     dist.destroy_process_group()  # the planner has a silent one of its own
     layout = Layout(tp=2, dp=1, sequence_parallel=True, recompute="selective", pack_tokens=sum(PACK))

@@ -24,8 +24,9 @@ LENS = [700, 300, 20]
 def _layer(config=ONE_LAYER, loss_impl="chunked"):
     """(model with gradients, what was seen) of forward and backward of a layer, the last norm and the loss."""
     with tracing() as watch:
-        model, batch = fake_decoder(config), fake_batch(LENS, top_k=10)
+        model = fake_decoder(config)
         watch.waits.clear()
+        batch = fake_batch(LENS, top_k=10)
         hidden_TD = model(batch.layout.token_ids_T, batch.layout.cu_seqlens)
         loss_sum, _ = batch_loss(hidden_TD[batch.layout.predict_A], model.head_weight_VD, batch, objective(loss_impl))
         loss_sum.backward()
@@ -121,8 +122,10 @@ def test_planted_dtypes_and_layouts_fail(module, name, mistake, said, monkeypatc
         lambda x: float(x.detach().sum()),
         lambda x: x.cpu(),
         lambda x: torch.arange(3).to(x.device),
+        lambda x: torch.arange(3).pin_memory().to(x.device),
+        lambda x: torch.arange(3).to(x.device, non_blocking=True),
     ],
-    ids=["item", "tolist", "float", "cpu", "from the host"],
+    ids=["item", "tolist", "float", "cpu", "from the host", "page-locked but blocking", "not page-locked"],
 )
 def test_planted_waits_are_seen(read, monkeypatch):
     swiglu = layer_ops.swiglu
@@ -151,9 +154,9 @@ def test_a_whole_step_of_openpangu_1b(layout, recompute, packs, meshes):
     mesh, layers = meshes[layout], PANGU_1B.num_layers
     with tracing() as watch:
         model = fake_decoder(PANGU_1B, recompute, mesh)
-        batches = [fake_batch([1024] * 3 + [333], 10, mesh) for _ in range(packs)]
         optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
         watch.waits.clear()
+        batches = [fake_batch([1024] * 3 + [333], 10, mesh) for _ in range(packs)]
         train_step(model, batches, optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
     assert watch.operators["npu::npu_fusion_attention_grad"] == packs * layers
     assert watch.operators["npu::npu_rms_norm_backward"] == packs * (2 * layers + 1)

@@ -4,16 +4,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from npd_ascend.model.decoder import Decoder, Kernels
 from npd_ascend.model.families import DecoderConfig
-from npd_ascend.packing import lay_out
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.parallel.plan import cut_model
-from npd_ascend.trainer.objectives import Batch, Objective
+from npd_ascend.records import Sample
+from npd_ascend.trainer.objectives import Batch, Objective, make_batch
 from npd_kernels.packed_attention import impl_npu
 
 NPU = torch.device("npu:0")
@@ -44,6 +45,7 @@ class Watch(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.waits: list[str] = []
         self.fused_calls: list[tuple[str, dict]] = []  # torch_npu's own operators with their arguments by name
+        self._page_locked: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -55,12 +57,20 @@ class Watch(TorchDispatchMode):
         if name == "aten::_local_scalar_dense":  # item(), tolist(), float(), bool()
             self.waits.append(name)
             return 1.0
+        if name == "aten::_pin_memory":  # fake tensors have none
+            self._page_locked.append(args[0].clone())
+            return self._page_locked[-1]
         out = func(*args, **kwargs)
-        # in either direction torch_npu waits for the stream first (aclrtSynchronizeStream in its CopyKernelOpApi.cpp)
-        if name in ("aten::_to_copy", "aten::copy_") and not kwargs.get("non_blocking"):
-            kinds = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor)}
-            self.waits += [name] * (len(kinds) > 1)
+        if name in ("aten::_to_copy", "aten::copy_"):
+            tensors = [x for x in (*args, out) if isinstance(x, torch.Tensor)]
+            crosses = len({x.device.type for x in tensors}) > 1
+            self.waits += [name] * (crosses and not (kwargs.get("non_blocking") and self._is_page_locked(tensors)))
         return out
+
+    def _is_page_locked(self, tensors: list[torch.Tensor]) -> bool:
+        """Else torch_npu waits for the stream, in either direction and whatever was asked for (aclrtSynchronizeStream
+        in its CopyKernelOpApi.cpp and CachingHostAllocator.cpp)."""
+        return any(x is locked for x in tensors for locked in self._page_locked)
 
 
 @contextmanager
@@ -84,14 +94,17 @@ def fake_decoder(config: DecoderConfig, recompute: str = "off", mesh: Mesh = ALO
 
 def fake_batch(sample_lens: list[int], top_k: int, mesh: Mesh = ALONE) -> Batch:
     """A pack whose samples are one third prompt, with the targets of NPD."""
-    layout = lay_out([([1] * length, max(1, length // 3)) for length in sample_lens], NPU, mesh.row_multiple)
-    answer_tokens = len(layout.answer_ids_A)
-    return Batch(
-        layout,
-        torch.ones(answer_tokens, top_k + 1, dtype=torch.int64, device=NPU),
-        torch.ones(answer_tokens, top_k, device=NPU),
-        torch.ones(answer_tokens, device=NPU),
-    )
+    samples = [
+        Sample(
+            sample_id=str(at),
+            token_ids=(1,) * length,
+            prompt_len=max(1, length // 3),
+            teacher_topk_ids=np.ones((length - max(1, length // 3), top_k), np.int32),
+            teacher_topk_logprobs=np.zeros((length - max(1, length // 3), top_k), np.float32),
+        )
+        for at, length in enumerate(sample_lens)
+    ]
+    return make_batch(samples, objective(), NPU, mesh.row_multiple)
 
 
 def objective(loss_impl: str = "chunked") -> Objective:
