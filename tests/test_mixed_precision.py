@@ -1,5 +1,7 @@
 """bfloat16 with float32 masters follows float32; without them it demonstrably does not."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -55,3 +57,22 @@ def test_masters_keep_bfloat16_on_the_float32_curve():
     assert wanted[0] - wanted[-1] > 10 * BAND  # it learns
     assert _distance(_curve(torch.bfloat16, with_masters), wanted) < BAND
     assert _distance(_curve(torch.bfloat16, _NoMasters), wanted) > 2 * BAND
+
+
+def test_a_model_is_made_and_updated_without_the_compiler_of_torch():
+    """It takes a second to import, in every process of a run."""
+    code = f"""
+import sys
+import torch
+from npd_ascend.config import OptimizerConfig
+from npd_ascend.model.load import load_decoder
+from npd_ascend.trainer.optimizer import MasterAdamW
+model = load_decoder({str(CONFIGS / "addition" / "student")!r}, seed=0, dtype=torch.float32, device=torch.device("cpu"))
+optimizer = MasterAdamW(model, OptimizerConfig())
+for parameter in model.parameters():
+    parameter.grad = torch.ones_like(parameter)
+optimizer.reduce_and_clip()
+optimizer.step(1.0)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -44,13 +44,28 @@ class Norm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps, impl=self.impl)
 
 
+class Linear(nn.Linear):
+    """Made without values, which load_decoder or initialise give it. To draw some on the meta device would import
+    torch._dynamo, a second of every process."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """The same."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels, recompute: bool):
         super().__init__()
         self.kernels, self.recompute, self.head_dim = kernels, recompute, config.head_dim
         self.split_sizes = config.qkv_rows
-        self.qkv = nn.Linear(config.hidden_size, sum(self.split_sizes), bias=config.qkv_bias)
-        self.out = nn.Linear(self.split_sizes[0], config.hidden_size, bias=config.o_bias)
+        self.qkv = Linear(config.hidden_size, sum(self.split_sizes), bias=config.qkv_bias)
+        self.out = Linear(self.split_sizes[0], config.hidden_size, bias=config.o_bias)
         self.q_norm = Norm(config.head_dim, config.rms_norm_eps, kernels.layer) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.rms_norm_eps, kernels.layer) if config.qk_norm else None
 
@@ -69,8 +84,8 @@ class Mlp(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels, recompute: bool):
         super().__init__()
         self.activation, self.recompute = partial(swiglu, impl=kernels.layer), recompute
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self.down(recomputed(self.recompute, self.activation, self.gate_up(x_TD)))
@@ -102,10 +117,10 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, kernels: Kernels, recompute: str = "off"):
         super().__init__()
         self.config, self._kernels, self._recompute = config, kernels, recompute == "full"
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, kernels, recompute == "selective") for _ in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps, kernels.layer)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.pieces: dict[str, list[Piece]] = {
             name: whole_pieces(config, name, tuple(parameter.shape)) for name, parameter in self.named_parameters()
         }

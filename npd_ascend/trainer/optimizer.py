@@ -5,13 +5,15 @@ ranks gather the new weights. torch's own ways do not fit: ZeroRedundancyOptimiz
 embedding alone is a fifth of openPangu-1B) and has no masters; FSDP2 gathers weights in every forward.
 
 The update itself is torch's fused AdamW, on an NPU too: torch_npu brings its own kernel for it, so its NpuFusedAdamW,
-which moves parameters into buffers of its own, is not needed.
+which moves parameters into buffers of its own, is not needed. It is called as a function: a torch.optim.Optimizer
+imports torch._dynamo, a second of every start.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.adamw import adamw
 
 from npd_ascend.checkpoint import Rectangle
 from npd_ascend.config import OptimizerConfig
@@ -19,7 +21,7 @@ from npd_ascend.model.decoder import Decoder
 from npd_ascend.parallel.mesh import ALONE, Mesh, gather_rows
 from npd_ascend.trainer.gradients import GradientSums
 
-_STATE = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
@@ -29,7 +31,7 @@ class MasterAdamW:
     """
 
     def __init__(self, model: Decoder, config: OptimizerConfig, mesh: Mesh = ALONE):
-        self._clip_norm, self._mesh, self._pieces = config.clip_norm, mesh, model.pieces
+        self._config, self._mesh, self._pieces = config, mesh, model.pieces
         self._params = dict(model.named_parameters())
         self.gradients = GradientSums(model, mesh)
         self._rows = {name: self.gradients.rows(name) for name in self._params}
@@ -37,12 +39,10 @@ class MasterAdamW:
         for name, param in self._params.items():
             own = param.detach()[self._rows[name]]
             self._masters[name] = own if own.dtype == torch.float32 else own.float()
-        decayed = [m for m in self._masters.values() if m.dim() >= 2]
-        plain = [m for m in self._masters.values() if m.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True
-        )
+        self._moments = {name: (torch.zeros_like(m), torch.zeros_like(m)) for name, m in self._masters.items()}
+        self._updates = {
+            name: torch.zeros((), dtype=torch.float32, device=m.device) for name, m in self._masters.items()
+        }
 
     def reduce_and_clip(self) -> float:
         """Sum the gradients over ranks and scale them to a global norm of at most clip_norm; returns it before."""
@@ -51,7 +51,7 @@ class MasterAdamW:
             master.grad = grads[name]
         counted = [grads[name][rows] for name in grads for rows in self._counted_rows(name)]
         norm = self._mesh.norm_over_all(get_total_norm(counted))
-        clip_grads_with_norm_(self._masters.values(), self._clip_norm, norm)
+        clip_grads_with_norm_(self._masters.values(), self._config.clip_norm, norm)
         return float(norm)
 
     def _counted_rows(self, name: str) -> list[slice]:
@@ -73,11 +73,31 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update the weights, give them to the other ranks, clear the gradients."""
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
-        self._adam.zero_grad()
+        decayed = [name for name, master in self._masters.items() if master.dim() >= 2]
+        self._update(decayed, lr, self._config.weight_decay)
+        self._update([name for name in self._masters if name not in decayed], lr, 0.0)
+        for master in self._masters.values():
+            master.grad = None
         self._publish()
+
+    def _update(self, names: list[str], lr: float, weight_decay: float) -> None:
+        masters = [self._masters[name] for name in names]
+        adamw(
+            masters,
+            [master.grad for master in masters],
+            [self._moments[name][0] for name in names],
+            [self._moments[name][1] for name in names],
+            [],
+            [self._updates[name] for name in names],
+            fused=True,
+            amsgrad=False,
+            beta1=self._config.beta1,
+            beta2=self._config.beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
     def _publish(self) -> None:
         in_flight = []
@@ -100,11 +120,7 @@ class MasterAdamW:
             own = self._rows[name]
             if not (copies or self.gradients.is_cut(name) or self._mesh.dp_rank == 0):
                 continue
-            state = self._adam.state[master]
-            for key in _STATE:
-                if key not in state:  # a checkpoint is about to fill it
-                    state[key] = torch.zeros_like(master)
-            values = {"master": master, **{key: state[key] for key in _STATE}}
+            values = {"master": master, **dict(zip(_MOMENTS, self._moments[name], strict=True))}
             for piece in self._pieces[name]:
                 start, stop = max(piece.at, own.start), min(piece.at + piece.rows, own.stop)
                 if start >= stop or not (copies or piece.primary):
@@ -117,6 +133,6 @@ class MasterAdamW:
     @torch.no_grad()
     def restored(self, steps: int) -> None:
         """Call after `rectangles` were filled from a checkpoint made after `steps` updates."""
-        for master in self._masters.values():
-            self._adam.state[master]["step"] = torch.tensor(float(steps), device=master.device)
+        for updates in self._updates.values():
+            updates.fill_(steps)
         self._publish()

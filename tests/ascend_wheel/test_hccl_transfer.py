@@ -12,7 +12,7 @@ import pytest
 import torch
 from vllm_in_part import load_vllm_in_part
 
-from npd_ascend.model.decoder import PLAIN, Decoder
+from npd_ascend.model.decoder import PLAIN, Decoder, initialise
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.mesh import ALONE
 from npd_ascend.weights import collective
@@ -116,8 +116,9 @@ def _pyhccl(monkeypatch):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return Decoder(CONFIG, PLAIN).requires_grad_(False)
+    model = Decoder(CONFIG, PLAIN).requires_grad_(False)
+    initialise(model, 0)
+    return model
 
 
 @pytest.fixture
