@@ -58,7 +58,9 @@ class RankPool:
         self._start()
 
     def _start(self):
-        context = mp.get_context("spawn")  # fork would inherit threads and locks
+        # fork would inherit threads and locks; what is imported before the fork is imported once and not WORLD times
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["transformers.models.qwen3.modeling_qwen3", "npd_ascend.trainer.loop"])
         self._folder = tempfile.TemporaryDirectory()  # a file store: no port to race for
         self._inboxes = [context.Queue() for _ in range(WORLD)]
         self._outbox = context.Queue()
