@@ -3,7 +3,7 @@
 #   bash launch/repro_openpangu_1b.sh [--dry-run]
 # SFT, NPD, GRPO; then the eleven benchmarks, which want requirements-eval.txt and one more permission, to run the code
 # that MBPP and HumanEval get as answers:
-#   npd eval --benchmarks configs/eval/openpangu_1b.yaml model.path=runs/openpangu_1b_grpo/student "run_code_of=[mbpp, humaneval]"
+#   npd eval --benchmarks configs/repro/openpangu_1b/eval.yaml model.path=runs/openpangu_1b_grpo/student "run_code_of=[mbpp, humaneval]"
 # Models and data where configs/repro/openpangu_1b/*.yaml say; killed, the same command goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."

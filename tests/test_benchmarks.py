@@ -47,11 +47,15 @@ def settings_file(tmp_path, questions):
     return write
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("eval/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [*CONFIGS.glob("eval/*.yaml"), *CONFIGS.glob("repro/*/eval.yaml")],
+    ids=lambda p: str(p.relative_to(CONFIGS)),
+)
 def test_the_configurations_that_come_with_the_project_load(path):
     settings = load_settings(path, [f"model.path={STUDENT}", "run_code_of=[mbpp, humaneval]"])
     assert settings.model.path == STUDENT
-    if "openpangu" in path.name:
+    if "openpangu_1b" in path.parts:
         assert [name for name, _ in settings.benchmarks.asked()] == list(BENCHMARKS)
         assert settings.model.system_prompt == "none"
         assert settings.model.prompt_suffix == " /no_think"
