@@ -127,9 +127,10 @@ def _outcome(run: _Run) -> Outcome:
         seed=run.seed,
         sft=summary["scores"]["sft"],
         npd=summary["scores"]["npd"],
-        grpo=summary["scores"].get("grpo"),  # not there in folders of older versions
+        grpo=summary["scores"].get("grpo"),  # that and lag are not in folders of older versions
         heldout_kl=summary["heldout_kl"]["last"],
         drift_max=summary["drift_max"],
+        lag=summary.get("lag"),
         kept_share=summary["kept_share"],
         npd_tokens=summary["tokens"]["trained_by_stage"]["npd"],
         npd_steps=summary["steps"]["npd"],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import npd, npd_here
 from conftest import CONFIGS
 from safetensors.torch import load_file
 
@@ -41,12 +42,8 @@ SMALL = [
 ]
 
 
-def command(name: str, folder: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "npd_ascend", name, "--config", str(CONFIG), f"run.folder={folder}", *SMALL, *more]
-
-
-def npd(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(name, folder, *more), capture_output=True, text=True, check=False)
+def settings(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(CONFIG), f"run.folder={folder}", *SMALL, *more]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +81,7 @@ def test_groups_stand_together_and_every_step_has_as_many():
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grpo") / "run"
-    done = npd("run", folder)
+    done = npd("run", *settings(folder))
     assert done.returncode == 0, done.stderr
     assert "mean reward" in done.stdout
     return folder
@@ -116,12 +113,13 @@ def test_a_run_leaves_what_it_promises(reference):
 def test_killed_and_started_again_it_ends_with_equal_bits(reference, tmp_path):
     folder, kills = tmp_path / "run", 0
     for after in (9, 12, 14):
-        process = subprocess.Popen(command("run", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "npd_ascend", "run", *settings(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(after)
         kills += process.poll() is None
         process.kill()
         process.wait()
-    done = npd("run", folder)
+    done = npd("run", *settings(folder))
     assert done.returncode == 0, done.stderr
     assert kills
     model = Path("student") / "model.safetensors"
@@ -139,8 +137,7 @@ def test_several_ranks_give_the_student_of_one(reference, tmp_path, tp, dp):
     config = (reference / "config.yaml").read_text()
     assert "  tp: 1\n  dp: 1\n" in config
     (folder / "config.yaml").write_text(config.replace("  tp: 1\n  dp: 1\n", f"  tp: {tp}\n  dp: {dp}\n"))
-    words = [sys.executable, "-m", "npd_ascend", "grpo", "--run", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = npd_here("grpo", "--run", folder)
     assert done.returncode == 0, done.stderr
     start, wanted, got = (
         load_file(path / "model.safetensors")
@@ -205,9 +202,7 @@ def test_rewards_that_never_work_stop_the_run(tmp_path):
 def test_the_reward_rises(tmp_path):
     """64 sums again and again, right answers rewarded: the mean reward rises by 0.1 and more."""
     few = ["data.problems.count=64", "grpo.steps=12", "grpo.optimizer.lr=1e-3", "data.heldout.count=60"]
-    more = [*few, f"run.folder={tmp_path}/run"]
-    command = [sys.executable, "-m", "npd_ascend", "run", "--config", str(CONFIG), *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = npd("run", "--config", CONFIG, *few, f"run.folder={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     rewards = [row["grpo/reward"] for row in read_metrics(tmp_path / "run") if "grpo/reward" in row]
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.1

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from command import npd, npd_here
 from conftest import CONFIGS
 from safetensors.torch import load_file, save_file
 
@@ -40,18 +41,12 @@ SMALL = [
 ONE_BEHIND = "npd.stream={publish_every: 4, max_lag: 1}"
 
 
-def command(folder: Path, *more: str, name: str = "run") -> list[str]:
-    config = ["--config", str(CONFIGS / "addition_cpu.yaml")]
-    return [sys.executable, "-m", "npd_ascend", name, *config, f"run.folder={folder}", *SMALL, *more]
+def settings(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={folder}", *SMALL, *more]
 
 
-def npd(folder: Path, *more: str, name: str = "run") -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, *more, name=name), capture_output=True, text=True, check=False)
-
-
-def npd_on(name: str, folder: Path) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "npd_ascend", name, "--run", str(folder)]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+def whole_run(folder: Path, *more: str) -> subprocess.CompletedProcess:
+    return npd("run", *settings(folder, *more))
 
 
 def weights(folder: Path) -> bytes:
@@ -69,7 +64,7 @@ def soak():
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference") / "run"
-    done = npd(folder, ONE_BEHIND, "processes={rollout: 2, teacher: 2}")
+    done = whole_run(folder, ONE_BEHIND, "processes={rollout: 2, teacher: 2}")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -87,6 +82,8 @@ def test_a_live_run_leaves_all_it_promises(reference):
     assert [row["step"] for row in heldout] == [0, 8, 16, 19]
     assert heldout[-1]["heldout/exact_match"] == pytest.approx(summary["scores"]["npd"], abs=1e-6)
     assert all(row["rollout/entropy"] > 0 for row in rows if "rollout/tokens" in row)
+    lags = [row["train/lag"] for row in rows if "train/lag" in row]
+    assert summary["lag"] == pytest.approx(sum(lags) / len(lags))
     assert max(row["train/lag_max"] for row in rows if "train/lag" in row) <= 1
     assert all(0 < row["pack/fill"] <= 1 for row in rows if "train/lag" in row)
     assert all(row["rollout/canary"] < 2e-3 for row in rows if "rollout/canary" in row)
@@ -97,16 +94,16 @@ def test_a_live_run_leaves_all_it_promises(reference):
 
 
 def test_without_lag_it_is_the_student_that_one_process_makes(tmp_path):
-    settings = ["npd.stream={publish_every: 3, max_lag: 0, shards_per_step: 2}"]
-    assert npd(tmp_path / "live", *settings).returncode == 0
-    assert npd(tmp_path / "alone", *settings, name="sft").returncode == 0
+    stream = "npd.stream={publish_every: 3, max_lag: 0, shards_per_step: 2}"
+    assert whole_run(tmp_path / "live", stream).returncode == 0
+    assert npd_here("sft", *settings(tmp_path / "alone", stream)).returncode == 0
     subprocess.run([sys.executable, ROOT / "tests" / "sequential_stream.py", tmp_path / "alone"], check=True)
     assert weights(tmp_path / "live") == weights(tmp_path / "alone")
 
 
 def test_drift_publishes_before_the_interval_is_over(tmp_path):
     stream = "npd.stream={publish_every: 16, publish_at_kl: 0.001, publish_not_before: 2}"
-    done = npd(tmp_path / "run", stream)
+    done = whole_run(tmp_path / "run", stream)
     assert done.returncode == 0, done.stderr
     rows = read_metrics(tmp_path / "run")
     drift = {row["step"] + 1: row["train/drift"] for row in rows if "train/drift" in row}
@@ -124,7 +121,7 @@ def test_the_ranks_of_the_trainer_wait_together(reference, tmp_path):
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("  tp: 1\n  dp: 1\n", "  tp: 2\n  dp: 1\n"))
     assert "tp: 2" in config.read_text()
-    done = npd_on("distill", folder)
+    done = npd_here("distill", "--run", folder)
     assert done.returncode == 0, done.stderr
     wanted, got = (load_file(path / "student" / "model.safetensors") for path in (reference, folder))
     for name, value in wanted.items():
@@ -203,7 +200,8 @@ def children(pid: int) -> dict[str, int]:
 
 def start_long(folder: Path, *more: str) -> subprocess.Popen:
     """A live run that would take minutes, once its trainer has trained a few steps."""
-    words = command(folder, ONE_BEHIND, "data.prompts.count=8000", *more)
+    words = [sys.executable, "-m", "npd_ascend", "run"]
+    words += settings(folder, ONE_BEHIND, "data.prompts.count=8000", *more)
     # tests that run in the background of a script have inherited that SIGINT is ignored
     as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
@@ -266,7 +264,7 @@ def test_a_damaged_shard_ends_the_run_and_is_named(reference, tmp_path):
     folder = replayed(reference, tmp_path / "run")
     shard = sorted((folder / "stream").glob("scores-*-00007.parquet"))[0]
     shard.write_bytes(b"rotten")
-    done = npd_on("run", folder)
+    done = npd("run", "--run", folder)
     assert done.returncode == 2
     assert f"{shard.name}: differs from the checksum in manifest.jsonl" in done.stderr
 
@@ -277,7 +275,7 @@ def test_other_samples_than_were_trained_on_are_not_taken_for_them(reference, tm
     lines = packs.read_text().splitlines(keepends=True)
     lines[3] = lines[3].replace("prompts:", "others:", 1)
     packs.write_text("".join(lines))
-    done = npd_on("distill", folder)
+    done = npd_here("distill", "--run", folder)
     assert done.returncode == 2
     assert "packs.jsonl: step 3 was trained on other samples" in done.stderr
 
@@ -309,7 +307,7 @@ def test_a_teacher_without_numbers_ends_the_run_before_they_are_trained_on(tmp_p
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{n}+{n}"}) + "\n" for n in range(100, 130)))
     heldout = f"data.heldout={{kind: jsonl, path: {prompts}}}"
-    done = npd(tmp_path / "run", ONE_BEHIND, f"teacher.path={teacher}", heldout)
+    done = whole_run(tmp_path / "run", ONE_BEHIND, f"teacher.path={teacher}", heldout)
     assert done.returncode == 2
     assert re.search(r"the teacher's log-probs are not numbers at \d+ of \d+ tokens", done.stderr)
     stream = Stream(tmp_path / "run" / "stream")
@@ -320,28 +318,26 @@ def test_a_teacher_without_numbers_ends_the_run_before_they_are_trained_on(tmp_p
 
 def test_the_last_step_may_be_saved_already(tmp_path):
     """When it is a checkpoint's turn there, and when a killed trainer had come as far."""
-    settings = [ONE_BEHIND, "npd.checkpoint_every_steps=1", "npd.epochs=1", "data.prompts.count=128"]
-    done = npd(tmp_path / "run", *settings)
+    short = [ONE_BEHIND, "npd.checkpoint_every_steps=1", "npd.epochs=1", "data.prompts.count=128"]
+    done = whole_run(tmp_path / "run", *short)
     assert done.returncode == 0, done.stderr
     before = weights(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
-    done = npd_on("distill", tmp_path / "run")
+    done = npd_here("distill", "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "run") == before
 
 
 def test_a_cycle_with_overlap_is_the_same_by_hand(tmp_path):
     """Set 1 is generated while set 0 trains, by the weights that phase 0 starts from: other samples of version 0."""
-    settings = ["npd.refresh_after=[1]", "npd.epochs=2", "data.prompts.count=150", "npd.overlap=true"]
-    done = npd(tmp_path / "run", *settings)
+    cycle = ["npd.refresh_after=[1]", "npd.epochs=2", "data.prompts.count=150", "npd.overlap=true"]
+    done = whole_run(tmp_path / "run", *cycle)
     assert done.returncode == 0, done.stderr
     hand = tmp_path / "hand"
-    assert npd(hand, *settings, name="sft").returncode == 0
+    assert npd_here("sft", *settings(hand, *cycle)).returncode == 0
     for number in "01":
-        for words in (["rollout", "--set", number], ["score", "--set", number], ["distill"]):
-            done = subprocess.run(
-                [sys.executable, "-m", "npd_ascend", words[0], "--run", str(hand), *words[1:]], capture_output=True
-            )
+        for name, *words in (["rollout", "--set", number], ["score", "--set", number], ["distill"]):
+            done = npd_here(name, "--run", hand, *words)
             assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "run") == weights(hand)
     run = reopen_run(hand)
@@ -359,14 +355,14 @@ def test_a_cycle_with_overlap_is_the_same_by_hand(tmp_path):
 
 def test_workers_share_the_shards_of_a_cycle(tmp_path):
     """Two workers of each kind make the files that one makes, and the first of the teacher's decides."""
-    settings = ["data.prompts.count=150", "npd.refresh_after=[1]", "npd.epochs=2"]
-    assert npd(tmp_path / "two", *settings, "processes={rollout: 2, teacher: 2}", name="sft").returncode == 0
+    two = ["data.prompts.count=150", "npd.refresh_after=[1]", "npd.epochs=2", "processes={rollout: 2, teacher: 2}"]
+    assert npd_here("sft", *settings(tmp_path / "two", *two)).returncode == 0
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     for role in ("rollout", "score"):
         words = [sys.executable, "-m", "npd_ascend", role, "--run"]
         workers = [subprocess.Popen([*words, tmp_path / "two", "--worker", number]) for number in "01"]
         assert [worker.wait() for worker in workers] == [0, 0]
-        assert subprocess.run([*words, tmp_path / "one"], check=False).returncode == 0
+        assert npd_here(role, "--run", tmp_path / "one").returncode == 0
     one, two = (reopen_run(tmp_path / name).stream for name in ("one", "two"))
     assert len(one.every()) == 4 + 4 + 1
     assert sorted(map(str, one.every())) == sorted(map(str, two.every()))  # checksums among them

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_live import ONE_BEHIND, command, npd, soak, wait_for  # noqa: F401
+from test_live import ONE_BEHIND, settings, soak, wait_for, whole_run  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,8 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
     address, add = cluster
     second = add('--resources={"room": 1}')
     processes = f"processes={{rollout: 2, rollout_needs: {{room: 1}}, ray: '{address}'}}"
-    words = command(tmp_path / "run", ONE_BEHIND, processes, "data.prompts.count=3000")
+    more = settings(tmp_path / "run", ONE_BEHIND, processes, "data.prompts.count=3000")
+    words = [sys.executable, "-m", "npd_ascend", "run", *more]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         packs = tmp_path / "run" / "stream" / "packs.jsonl"
@@ -80,13 +81,13 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
 
 
 def test_a_cluster_without_room_and_one_that_is_not_there_are_refused(cluster, tmp_path):
-    done = npd(
+    done = whole_run(
         tmp_path / "run", ONE_BEHIND, f"processes={{rollout: 2, rollout_needs: {{room: 1}}, ray: '{cluster[0]}'}}"
     )
     assert done.returncode == 2
     assert "processes.rollout=2 with 1 room each, but the Ray cluster at" in done.stderr.splitlines()[-1]
     started = time.monotonic()
-    done = npd(tmp_path / "run", ONE_BEHIND, "processes={ray: '127.0.0.1:1'}")
+    done = whole_run(tmp_path / "run", ONE_BEHIND, "processes={ray: '127.0.0.1:1'}")
     assert done.returncode == 2
     assert "no Ray cluster answers there" in done.stderr.splitlines()[-1]
     assert time.monotonic() - started < 120

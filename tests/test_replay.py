@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import npd, npd_here
 from conftest import CONFIGS
 
 from npd_ascend.config import load_config, load_yaml
@@ -31,8 +32,11 @@ SMALL = [
 OTHER = ["npd.lambda=0.5", "npd.normalise=sample", "npd.targets=tail", "teacher.top_k=3", "filters.tau=0.6"]
 
 
-def npd(*words: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "npd_ascend", *words], capture_output=True, text=True, check=False)
+def refused(*words: str | Path) -> str:
+    """What a command says that ends before it starts anything."""
+    done = npd_here(*words)
+    assert done.returncode == 2
+    return done.stderr
 
 
 def record(folder: Path, *more: str) -> Path:
@@ -75,9 +79,8 @@ def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "replay") == weights(recorded)
     for override in ("npd.epochs=1", "run.seed=5"):  # other shards, and shards of other prompts
-        done = npd("replay", "--run", recorded, tmp_path / "more", override)
-        assert done.returncode == 2
-        assert f"{override}: the stream of" in done.stderr
+        said = refused("replay", "--run", recorded, tmp_path / "more", override)
+        assert f"{override}: the stream of" in said
 
 
 def test_with_other_settings_it_is_the_run_that_had_them(one_set, tmp_path):
@@ -108,9 +111,8 @@ def test_killed_on_the_way_it_goes_on(one_set, tmp_path):
     done = npd("replay", "--run", one_set, tmp_path / "replay")
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "replay") == weights(one_set)
-    done = npd("replay", "--run", one_set, tmp_path / "replay", "npd.lambda=0.5")
-    assert done.returncode == 2
-    assert "npd.lambda was 0.9, is 0.5" in done.stderr
+    said = refused("replay", "--run", one_set, tmp_path / "replay", "npd.lambda=0.5")
+    assert "npd.lambda was 0.9, is 0.5" in said
 
 
 @pytest.mark.parametrize(
@@ -126,33 +128,27 @@ def test_killed_on_the_way_it_goes_on(one_set, tmp_path):
     ],
 )
 def test_what_was_not_recorded_is_refused(one_set, tmp_path, override, said):
-    done = npd("replay", "--run", one_set, tmp_path / "replay", "npd.epochs=4", override)
-    assert done.returncode == 2
-    assert said in done.stderr
+    assert said in refused("replay", "--run", one_set, tmp_path / "replay", "npd.epochs=4", override)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_filters_that_let_more_through_are_refused(tmp_path):
     recorded = record(tmp_path / "run", "npd.refresh_after=[]", "filters.min_answer_tokens=4")
-    done = npd("replay", "--run", recorded, tmp_path / "replay", "filters.min_answer_tokens=1")
-    assert done.returncode == 2
-    assert "were dropped in" in done.stderr
+    said = refused("replay", "--run", recorded, tmp_path / "replay", "filters.min_answer_tokens=1")
+    assert "were dropped in" in said
     assert not (tmp_path / "replay").exists()
 
 
 def test_a_replay_goes_on_with_its_own_stream_only(one_set, tmp_path):
     assert npd("replay", "--run", one_set, tmp_path / "replay").returncode == 0
     other = Path(shutil.copytree(one_set, tmp_path / "other"))
-    done = npd("replay", "--run", other, tmp_path / "replay")
-    assert done.returncode == 2
-    assert f"replay: a replay of {one_set}, not of {other}" in done.stderr
+    said = refused("replay", "--run", other, tmp_path / "replay")
+    assert f"replay: a replay of {one_set}, not of {other}" in said
 
 
 def test_other_folders_are_left_alone(one_set, tmp_path):
     for folder in (one_set, tmp_path):
-        done = npd("replay", "--run", one_set, folder)
-        assert done.returncode == 2
-        assert f"{folder}: there already, and no replay" in done.stderr
+        assert f"{folder}: there already, and no replay" in refused("replay", "--run", one_set, folder)
 
 
 def sweep_file(folder: Path, source: Path, variants: dict) -> Path:
@@ -181,10 +177,9 @@ def test_a_sweep_is_its_replays_in_one_table(one_set, tmp_path):
     assert f"| {mean:,.4f} ± " in table[3]
     assert (tmp_path / "sweep" / "sweep.html").read_text().count("<svg") == 2
     changed = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0.0": ["npd.lambda=0.1", "filters.tau=null"]})
-    done = npd("sweep", changed)
-    assert done.returncode == 2
-    assert "variant 'λ = 0.0': " in done.stderr
-    assert "npd.lambda was 0.0, is 0.1" in done.stderr
+    said = refused("sweep", changed)
+    assert "variant 'λ = 0.0': " in said
+    assert "npd.lambda was 0.0, is 0.1" in said
     file = sweep_file(tmp_path, one_set, {"as recorded": [], "λ = 0.0": ["npd.lambda=0", "filters.tau=null"]})
     before = (replayed / "student" / "model.safetensors").stat().st_mtime_ns
     assert npd("sweep", file).returncode == 0  # what is there is not made again
@@ -201,9 +196,7 @@ def test_a_sweep_is_its_replays_in_one_table(one_set, tmp_path):
     ],
 )
 def test_a_sweep_with_a_mistake_does_not_begin(one_set, tmp_path, variants, said):
-    done = npd("sweep", sweep_file(tmp_path, one_set, variants))
-    assert done.returncode == 2
-    assert said in done.stderr
+    assert said in refused("sweep", sweep_file(tmp_path, one_set, variants))
     assert not (tmp_path / "sweep").exists()
 
 
@@ -223,15 +216,12 @@ def test_a_sweep_of_whole_runs(tmp_path):
     assert table[0] == "| variant | settings | exact match after SFT | steps of NPD |"  # no column without a value
     assert yaml.safe_load((tmp_path / "sweep" / "only-sft-seed5" / "config.yaml").read_text())["run"]["seed"] == 5
     file.write_text(json.dumps(sweep | {"variants": {"only SFT": ["sft.epocs=1"]}}))
-    done = npd("sweep", file)
-    assert done.returncode == 2
-    assert "variant 'only SFT': " in done.stderr
-    assert "sft.epocs" in done.stderr
+    said = refused("sweep", file)
+    assert "variant 'only SFT': " in said
+    assert "sft.epocs" in said
     for origin in ({"source": "runs/a"}, {"config": None}):
         file.write_text(json.dumps(sweep | origin))
-        done = npd("sweep", file)
-        assert done.returncode == 2
-        assert "want source, a recorded run to replay, or config, the YAML of runs" in done.stderr
+        assert "want source, a recorded run to replay, or config, the YAML of runs" in refused("sweep", file)
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "sweep").glob("*.yaml")), ids=lambda file: file.stem)
@@ -250,7 +240,6 @@ def test_a_damaged_shard_is_not_replayed(one_set, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = npd("replay", "--run", source, tmp_path / "replay")
-    assert done.returncode == 2
-    assert f"{shard.name}: differs from the checksum" in done.stderr
+    said = refused("replay", "--run", source, tmp_path / "replay")
+    assert f"{shard.name}: differs from the checksum" in said
     assert not (tmp_path / "replay").exists()

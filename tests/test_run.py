@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command import npd, npd_here
 from conftest import CONFIGS
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -46,19 +47,22 @@ SMALL = [
 ]
 
 
-def command(name: str, folder: Path, *more: str) -> list[str]:
-    config = ["--config", str(CONFIGS / "addition_cpu.yaml")]
-    return [sys.executable, "-m", "npd_ascend", name, *config, f"run.folder={folder}", *SMALL, *more]
+def settings(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={folder}", *SMALL, *more]
 
 
-def npd(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(name, folder, *more), capture_output=True, text=True, check=False)
+def whole_run(folder: Path, *more: str) -> subprocess.CompletedProcess:
+    return npd("run", *settings(folder, *more))
 
 
-def npd_on(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    """A stage on an existing run folder."""
-    command = [sys.executable, "-m", "npd_ascend", name, "--run", str(folder), *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def stage(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    """Alone, without a supervisor."""
+    return npd_here(name, *settings(folder, *more))
+
+
+def stage_on(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    """On an existing run folder."""
+    return npd_here(name, "--run", folder, *more)
 
 
 def refused(done: subprocess.CompletedProcess) -> str:
@@ -71,7 +75,7 @@ def refused(done: subprocess.CompletedProcess) -> str:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference") / "run"
-    done = npd("run", folder)
+    done = whole_run(folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -162,12 +166,12 @@ def test_plain_transformers_gives_the_same_scores_for_every_row(reference):
 
 def test_stages_by_hand_give_the_same_weights(reference, tmp_path):
     folder = tmp_path / "run"
-    assert "nothing is scored yet" in refused(npd("distill", folder))
-    assert npd("sft", folder).returncode == 0
-    assert "0 of 6 rollout shards of set 0" in refused(npd("score", folder))
+    assert "nothing is scored yet" in refused(stage("distill", folder))
+    assert stage("sft", folder).returncode == 0
+    assert "0 of 6 rollout shards of set 0" in refused(stage("score", folder))
     for number in "01":
-        for stage in (["rollout", "--set", number], ["score", "--set", number], ["distill"]):
-            assert npd_on(stage[0], folder, *stage[1:]).returncode == 0
+        for name, *more in (["rollout", "--set", number], ["score", "--set", number], ["distill"]):
+            assert stage_on(name, folder, *more).returncode == 0
     assert weights(folder) == weights(reference)
 
 
@@ -179,13 +183,13 @@ def test_what_a_message_advises_for_a_damaged_shard_works(reference, tmp_path, k
     shutil.rmtree(folder / "checkpoints" / "npd")
     shutil.rmtree(folder / "weights" / "v1")
     (folder / "stream" / f"{kind}-v0-00001.parquet").write_bytes(b"rotten")
-    said = refused(npd_on("distill", folder))
+    said = refused(stage_on("distill", folder))
     assert f"{kind}-v0-00001.parquet: differs" in said
     manifest = folder / "stream" / "manifest.jsonl"
     lines = manifest.read_text().splitlines(keepends=True)
     manifest.write_text("".join(line for line in lines if f"{kind}-v0-00001" not in line))
-    assert npd_on("distill", folder).returncode == 2  # not trained on a part
-    assert npd_on("run", folder).returncode == 0
+    assert stage_on("distill", folder).returncode == 2  # not trained on a part
+    assert npd("run", "--run", folder).returncode == 0
     assert weights(folder) == weights(reference)
 
 
@@ -193,12 +197,12 @@ def test_a_version_is_not_made_from_later_weights(reference, tmp_path):
     folder = Path(shutil.copytree(reference, tmp_path / "run"))
     shutil.rmtree(folder / "student")
     shutil.rmtree(folder / "weights" / "v1")
-    assert "past epoch 2 where this phase ends" in refused(npd_on("distill", folder))
+    assert "past epoch 2 where this phase ends" in refused(stage_on("distill", folder))
     assert not (folder / "weights" / "v1").exists()
 
 
 def test_another_configuration_in_the_same_folder_is_refused(reference):
-    said = refused(npd("run", reference, "npd.lambda=0.5"))
+    said = refused(whole_run(reference, "npd.lambda=0.5"))
     assert "npd.lambda was 0.9, is 0.5" in said
 
 
@@ -210,7 +214,8 @@ def run_with_kills(folder: Path, rng: random.Random, most: int) -> int:
     """
     kills = 0
     while kills < most:
-        process = subprocess.Popen(command("run", folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "npd_ascend", "run", *settings(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(3, 14))
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
         stages = [int(pid) for pid in children.stdout.split()]
@@ -223,7 +228,7 @@ def run_with_kills(folder: Path, rng: random.Random, most: int) -> int:
         process.kill()
         kills += 1
         process.wait()
-    done = npd("run", folder)
+    done = whole_run(folder)
     assert done.returncode == 0, done.stderr
     return kills
 
@@ -250,22 +255,22 @@ def broken_teacher(tmp_path) -> Path:
 
 
 def test_a_teacher_that_knows_nothing_stops_the_run(broken_teacher, tmp_path):
-    said = refused(npd("run", tmp_path / "run", f"teacher.path={broken_teacher}"))
+    said = refused(whole_run(tmp_path / "run", f"teacher.path={broken_teacher}"))
     assert "the teacher's loss on 60 reference answers" in said
     assert not (tmp_path / "run" / "weights").exists()  # found out before the first training step
-    for stage in ("sft", "rollout"):
-        assert npd(stage, tmp_path / "run", f"teacher.path={broken_teacher}").returncode == 0
-    assert "the teacher's loss on" in refused(npd("score", tmp_path / "run", f"teacher.path={broken_teacher}"))
+    for name in ("sft", "rollout"):
+        assert stage(name, tmp_path / "run", f"teacher.path={broken_teacher}").returncode == 0
+    assert "the teacher's loss on" in refused(stage("score", tmp_path / "run", f"teacher.path={broken_teacher}"))
     assert Stream(tmp_path / "run" / "stream").entries("scores", 0) == {}
 
 
 def test_without_reference_answers_the_entropy_on_rollouts_gives_it_away(broken_teacher, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{n}+{n}"}) + "\n" for n in range(100, 130)))
-    settings = [f"teacher.path={broken_teacher}", f"data.heldout={{kind: jsonl, path: {prompts}}}"]
-    for stage in ("sft", "rollout"):
-        assert npd(stage, tmp_path / "run", *settings).returncode == 0
-    assert "the teacher's entropy on" in refused(npd("score", tmp_path / "run", *settings))
+    changes = [f"teacher.path={broken_teacher}", f"data.heldout={{kind: jsonl, path: {prompts}}}"]
+    for name in ("sft", "rollout"):
+        assert stage(name, tmp_path / "run", *changes).returncode == 0
+    assert "the teacher's entropy on" in refused(stage("score", tmp_path / "run", *changes))
 
 
 def test_other_vocabularies_are_refused_before_anything_starts(tmp_path):
@@ -275,18 +280,18 @@ def test_other_vocabularies_are_refused_before_anything_starts(tmp_path):
     vocab = tokenizer["model"]["vocab"]
     vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
     file.write_text(json.dumps(tokenizer))
-    said = refused(npd("run", tmp_path / "run", f"teacher.path={folder}", "--dry-run"))
+    said = refused(stage("run", tmp_path / "run", f"teacher.path={folder}", "--dry-run"))
     assert "do not share a vocabulary: token '3' is 9" in said or "token '3' is 8" in said
     assert not (tmp_path / "run").exists()
 
 
 def test_heldout_prompts_that_are_trained_on_are_refused(tmp_path):
-    said = refused(npd("run", tmp_path / "run", "data.heldout.first=10", "--dry-run"))
+    said = refused(stage("run", tmp_path / "run", "data.heldout.first=10", "--dry-run"))
     assert "data.gold: 60 of its prompts also stand in data.heldout" in said
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(reference, tmp_path):
-    said = refused(npd("sft", tmp_path / "run", "sft.optimizer.lr=1e30", "sft.checkpoint_every_steps=1"))
+    said = refused(stage("sft", tmp_path / "run", "sft.optimizer.lr=1e30", "sft.checkpoint_every_steps=1"))
     assert "the last checkpoint is good" in said
     assert not (tmp_path / "run" / "weights").exists()
 
@@ -304,14 +309,14 @@ def test_a_corrupted_shard_stops_the_stage_that_reads_it(reference, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = npd_on("distill", folder)
+    done = stage_on("distill", folder)
     assert "scores-v1-00000.parquet: differs from the checksum" in refused(done)
 
 
 def test_a_phase_does_not_start_with_a_fresh_optimizer(reference, tmp_path):
     folder = _copy(reference, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "npd")
-    done = npd_on("distill", folder)
+    done = stage_on("distill", folder)
     assert "no intact checkpoint of epoch 2" in refused(done)
 
 
@@ -319,7 +324,7 @@ def test_two_processes_do_not_work_on_one_stage(reference, tmp_path):
     folder = _copy(reference, tmp_path / "run")
     with (folder / "logs" / "distill.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = npd_on("distill", folder)
+        done = stage_on("distill", folder)
     assert "another `npd distill` is working on this run" in refused(done)
 
 
@@ -336,11 +341,11 @@ def test_on_a_full_disk_it_stops_and_goes_on_when_there_is_room(reference, tmp_p
     try:
         filler = disk / "filler"
         filler.write_bytes(b"0" * 3_000_000)
-        done = npd("sft", disk / "run")
+        done = npd("sft", *settings(disk / "run"))
         assert "the disk is full" in refused(done)
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        assert npd("run", disk / "run").returncode == 0
+        assert whole_run(disk / "run").returncode == 0
         assert weights(disk / "run") == weights(reference)
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -5,7 +5,7 @@ that are named.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from npd_ascend.config import Config
 from npd_ascend.durable import commit_file
@@ -47,6 +47,7 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "standard_error": {name: evaluations.get(name, {}).get("standard_error") for name in MODELS},
         "heldout_kl": {"first": kl[0] if kl else None, "last": kl[-1] if kl else None},
         "grpo": grpo_ends(rows),
+        "lag": _mean(row["train/lag"] for row in steps["npd"] if "train/lag" in row),  # versions, with npd.stream
         "drift_max": max((row[name] for row in rows for name in _DRIFT if name in row), default=None),
         "processes": busy_shares(rows),
         "kept_share": kept_share(versions),
@@ -62,6 +63,11 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "seconds_total": seconds_in_all(run),
         "pack_fill": {stage: _last(rows, stage, "pack/fill") for stage in TRAINED},
     }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
 
 
 def grpo_ends(rows: Sequence[Mapping]) -> dict[str, dict[str, float]] | None:

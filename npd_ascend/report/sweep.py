@@ -22,6 +22,7 @@ class Outcome:
     grpo: float | None
     heldout_kl: float | None  # nats/token, to the teacher's top-k; for all replays of a run on the same answers
     drift_max: float | None  # nats/token, KL(current || generator)
+    lag: float | None  # versions by which generators were behind, mean over the steps of a stream
     kept_share: float | None  # of the training rollouts
     npd_tokens: int  # trained on
     npd_steps: int
@@ -34,6 +35,7 @@ _COLUMNS = (
     ("grpo", "after GRPO", 3),
     ("heldout_kl", "held-out KL, nats/token", 4),
     ("drift_max", "largest drift, nats/token", 3),
+    ("lag", "mean lag, versions", 1),
     ("kept_share", "kept", 3),
     ("npd_steps", "steps of NPD", 0),
 )
