@@ -69,7 +69,9 @@ def main() -> None:
     torch.set_num_threads(1)
     kind = DTYPES[case["dtype"]], case["pack_tokens"], case["recompute"], case["packs"]
     small = DecoderConfig(**case["config"] | {"num_layers": 1, "vocab_size": 512})
-    checkpoint(steps(small, kind[0], SAMPLE_TOKENS, "off", 1))  # the libraries' own buffers
+    checkpoint(
+        steps(small, kind[0], SAMPLE_TOKENS, kind[2], 1)
+    )  # the libraries' own buffers, and what recomputing imports
     made: list[MasterAdamW] = []
     step_bytes = peak_bytes(lambda: made.append(steps(DecoderConfig(**case["config"]), *kind)))
     print(json.dumps({"step": step_bytes, "checkpoint": peak_bytes(lambda: checkpoint(made[0]))}))

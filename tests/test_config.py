@@ -52,7 +52,6 @@ def test_overrides_are_typed():
         ("npd.optimizer.min_lr=1", "min_lr=1.0 is above lr"),
         ("teacher=null", "npd needs teacher"),
         ("data.gold=null", "sft needs data.gold"),
-        ("sft=null", "student.init=random without sft"),
         ("filters.max_tokens=99999", "lower the first or raise the second"),
         ("rollout.dtype=fp8", "rollout.dtype: Input should be"),
         ("teacher.engine=served", "served needs a url"),
@@ -69,6 +68,11 @@ def test_a_wrong_setting_is_told_with_key_and_reason(override, said):
         load_config(ADDITION, [override])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_random_weights_want_sft():
+    with pytest.raises(UserError, match=r"student.init=random without sft"):
+        load_config(ADDITION, ["student.init=random", "sft=null"])
 
 
 def test_quantile_tau_is_a_share():
@@ -133,10 +137,17 @@ def test_a_command_that_cannot_be_is_told_in_one_line(tmp_path, capsys, argument
     assert said in capsys.readouterr().err
 
 
-def test_pruning_a_folder_without_weights_is_refused(tmp_path, capsys):
-    assert main(["prune", str(CONFIGS / "addition" / "student"), str(tmp_path / "cut"), "--keep", "0"]) == 2
+def test_pruning_a_folder_without_weights_is_refused(addition_student, tmp_path, capsys):
+    (addition_student / "model.safetensors").unlink()
+    assert main(["prune", str(addition_student), str(tmp_path / "cut"), "--keep", "0"]) == 2
     assert "model.safetensors: no such file" in capsys.readouterr().err
     assert not (tmp_path / "cut").exists()
+
+
+def test_the_student_of_the_addition_pair_is_the_cut_that_its_configuration_names(tmp_path):
+    assert main(["prune", str(CONFIGS / "addition" / "teacher"), str(tmp_path / "cut"), "--keep", "0,3"]) == 0
+    for file in (tmp_path / "cut").iterdir():
+        assert file.read_bytes() == (CONFIGS / "addition" / "student" / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize("key", ["attention", "layer"])
