@@ -100,7 +100,7 @@ class Comparison:
         return {
             "run": {"name": "warm", "folder": str(self.folder / "warm")},
             "device": {"threads": self.args.threads},
-            "student": {"path": str(base), "init": "pretrained" if pair.keep_layers else "random"},
+            "student": {"path": str(base)},
             "data": {role: kind | {"first": first, "count": count} for role, (first, count) in firsts.items()},
             "sft": {
                 "epochs": warm["epochs"],

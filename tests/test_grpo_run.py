@@ -38,6 +38,7 @@ SMALL = [
     "grpo.rewards={exact_match: 1, format: 0.5}",
     "grpo.format='[0-9]{4}'",  # a few answers have it from the start, so that there is something to learn
     "grpo.checkpoint_every_steps=1",
+    "grpo.optimizer.lr=6e-4",
     "evaluate.every_steps=4",
 ]
 

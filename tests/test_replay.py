@@ -133,7 +133,7 @@ def test_what_was_not_recorded_is_refused(one_set, tmp_path, override, said):
 
 
 def test_filters_that_let_more_through_are_refused(tmp_path):
-    recorded = record(tmp_path / "run", "npd.refresh_after=[]", "filters.min_answer_tokens=4")
+    recorded = record(tmp_path / "run", "npd.refresh_after=[]", "filters.min_answer_tokens=5")
     said = refused("replay", "--run", recorded, tmp_path / "replay", "filters.min_answer_tokens=1")
     assert "were dropped in" in said
     assert not (tmp_path / "replay").exists()
