@@ -25,7 +25,8 @@ from npd_ascend.device import DTYPES
 from npd_ascend.model.load import load_decoder
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.weights.collective import GroupInfo, broadcast, checksum, open_group
-from npd_ascend.weights.disk import DiskChannel, export
+from npd_ascend.weights.disk import DiskChannel
+from npd_ascend.weights.export import export
 from npd_ascend.weights.receiver import WeightReceiver
 from npd_ascend.weights.sender import BUCKET_BYTES, open_sender
 

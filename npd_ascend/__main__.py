@@ -63,7 +63,7 @@ def _config(args: argparse.Namespace) -> "Config":
 
 
 def _log_of(run: "RunFolder", args: argparse.Namespace) -> None:
-    from npd_ascend.device import this_rank
+    from npd_ascend.ranks import this_rank
 
     logging.basicConfig(
         level=logging.INFO if this_rank().rank == 0 else logging.WARNING,
@@ -83,7 +83,7 @@ def _name(args: argparse.Namespace) -> str:
 
 def _on_node() -> str:
     """What tells the names of a process apart that every node has."""
-    from npd_ascend.device import this_node
+    from npd_ascend.ranks import this_node
 
     return f".node{node}" if (node := this_node().rank) else ""
 
@@ -188,8 +188,8 @@ def _processes(args: argparse.Namespace) -> int:
 
 def _training_stage(args: argparse.Namespace, work) -> int:
     """A stage that has as many processes as the trainer has ranks: this one is a rank, or starts them."""
-    from npd_ascend.device import this_rank
     from npd_ascend.parallel.launch import run_ranks
+    from npd_ascend.ranks import this_rank
     from npd_ascend.runfolder import working_on
 
     here, run = this_rank(), _open(args)

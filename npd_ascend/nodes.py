@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 import yaml
 
 from npd_ascend.config import Config, dump_config
-from npd_ascend.device import Node, this_node
 from npd_ascend.errors import UserError
+from npd_ascend.ranks import Node, this_node
 from npd_ascend.runfolder import dict_differences
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 _POLL_S, _BEAT_S, _LOST_S = 0.05, 2, 60
 # network file systems may show a new file late
@@ -40,7 +42,7 @@ _log = logging.getLogger(__name__)
 class Nodes:
     """This node and the others; with a single one nothing here does anything."""
 
-    def __init__(self, here: Node, store: dist.TCPStore | None = None):
+    def __init__(self, here: Node, store: "TCPStore | None" = None):
         self.here, self._store, self._hosts = here, store, [socket.gethostname()]
         self._others = [rank for rank in range(here.count) if rank != here.rank]
         self._heard = {rank: ("", time.monotonic()) for rank in self._others}
@@ -123,7 +125,7 @@ class Nodes:
                 if all(self._has("end", rank) for rank in self._others):
                     break
                 time.sleep(_POLL_S)
-        except (dist.DistError, RuntimeError) as error:
+        except RuntimeError as error:
             _log.debug("node 0 is gone already", exc_info=error)
 
     def _ask(self, operation: Callable[[], Any]) -> Any:
@@ -133,7 +135,7 @@ class Nodes:
         def ask() -> None:
             try:
                 outcome.append((True, operation()))
-            except (dist.DistError, RuntimeError) as error:
+            except RuntimeError as error:
                 outcome.append((False, error))
 
         if not self._silent:
@@ -169,7 +171,7 @@ class Nodes:
             number += 1
             try:
                 self.say("beat", str(number))
-            except (dist.DistError, RuntimeError) as error:
+            except RuntimeError as error:
                 _log.debug("node 0 is gone; who waits for something will say so", exc_info=error)
                 return
 
@@ -268,21 +270,23 @@ def open_nodes(config: Config) -> Iterator[Nodes]:
         nodes.leave(reason)
 
 
-def _open_store(here: Node, timeout_s: int) -> dist.TCPStore:
+def _open_store(here: Node, timeout_s: int) -> "TCPStore":
+    from torch.distributed import TCPStore  # a run on one node waits for no torch
+
     if here.rank == 0:
         try:
             # the ranks of the trainer come as well, so nobody is counted
-            return dist.TCPStore(
+            return TCPStore(
                 here.address, here.port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
             )
-        except (dist.DistError, RuntimeError) as error:
+        except RuntimeError as error:
             raise UserError(
                 f"MASTER_ADDR={here.address}, MASTER_PORT={here.port}: node 0 cannot listen there "
                 f"({str(error).splitlines()[0]}); name an address of this host and a free port, on every node"
             ) from None
     try:
-        return dist.TCPStore(here.address, here.port, is_master=False, timeout=timedelta(seconds=timeout_s))
-    except (dist.DistError, RuntimeError):
+        return TCPStore(here.address, here.port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError:
         raise UserError(
             f"MASTER_ADDR={here.address}, MASTER_PORT={here.port}: node 0 did not answer within {timeout_s} s "
             f"(parallel.timeout_s); start the same command there, or name its address"
@@ -293,6 +297,6 @@ def _open_store(here: Node, timeout_s: int) -> dist.TCPStore:
 def _first_is_there(here: Node) -> Iterator[None]:
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         _log.debug("the meeting place failed", exc_info=error)
         raise UserError(f"node 0 at {here.address}:{here.port} is gone; {_AGAIN}") from error

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from npd_ascend.config import Config
-from npd_ascend.device import Node, card_environment, this_node, visible_cards
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import ranks_of
+from npd_ascend.ranks import Node, card_environment, this_node, visible_cards
 from npd_ascend.runfolder import worker_name
 
 TRAINERS = ("sft", "distill", "grpo")  # processes that have the trainer's ranks

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from npd_ascend.device import visible_cards
 from npd_ascend.errors import LostRankError, UserError
 from npd_ascend.nodes import Nodes
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.placement import Process, place, recipe, share
+from npd_ascend.ranks import visible_cards
 from npd_ascend.ray_nodes import RayProcess, join_cluster
 from npd_ascend.runfolder import RunFolder, keep_config
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from npd_ascend import nodes
 from npd_ascend.config import dump_config, load_config
-from npd_ascend.device import Node, this_node
 from npd_ascend.errors import LostRankError, UserError
 from npd_ascend.nodes import Nodes, View, judge
 from npd_ascend.parallel.launch import next_meeting, ranks_of
 from npd_ascend.placement import check_cards, listing, place, recipe, share
+from npd_ascend.ranks import Node, this_node
 
 ROOT = CONFIGS.parent
 ADDITION = CONFIGS / "addition_cpu.yaml"

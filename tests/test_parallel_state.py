@@ -21,7 +21,8 @@ from npd_ascend.parallel.plan import cut_model
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.step import train_step
-from npd_ascend.weights.disk import DiskChannel, export
+from npd_ascend.weights.disk import DiskChannel
+from npd_ascend.weights.export import export
 from npd_ascend.weights.gather import whole_tensors
 
 CPU = torch.device("cpu")

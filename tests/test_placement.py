@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ from npd_ascend.placement import listing, place, recipe
 ADDITION = CONFIGS / "addition_cpu.yaml"
 STREAM = ["npd.refresh_after=[]", "npd.stream={}", "processes={rollout: 3, teacher: 1}", "parallel={tp: 2, dp: 2}"]
 CARDS = [str(card) for card in range(8)]
+
+
+def test_who_starts_the_processes_does_not_wait_for_torch():
+    code = "import sys, npd_ascend.supervisor, npd_ascend.nodes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def names(group):

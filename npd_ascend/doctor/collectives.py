@@ -12,10 +12,11 @@ import time
 
 import torch
 
-from npd_ascend.device import open_device, rank_environment
+from npd_ascend.device import open_device
 from npd_ascend.doctor.finding import Finding
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.parallel.mesh import open_mesh, sum_over
+from npd_ascend.ranks import rank_environment
 
 MEGABYTES, ROUNDS, TIMEOUT_S = 16, 5, 120
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from npd_ascend.config import Config
-from npd_ascend.device import accelerator, open_device, this_node
+from npd_ascend.device import accelerator, open_device
 from npd_ascend.doctor.collectives import collective_findings
 from npd_ascend.doctor.compute import compute_findings
 from npd_ascend.doctor.device import NO_NPU, device_findings, run_npu_smi
@@ -13,6 +13,7 @@ from npd_ascend.doctor.finding import Finding
 from npd_ascend.doctor.host import clock_finding, disk_finding, port_finding, vllm_finding
 from npd_ascend.doctor.versions import version_finding
 from npd_ascend.errors import UserError
+from npd_ascend.ranks import this_node
 
 
 def run_doctor(config: Config | None) -> int:

@@ -14,10 +14,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
-from npd_ascend.device import Node, node_rank_environment, rank_environment, this_node
 from npd_ascend.errors import LostRankError, UserError
+from npd_ascend.ranks import Node, node_rank_environment, rank_environment, this_node
 
 _PR_SET_PDEATHSIG = 1
 # after one rank failed the others notice by themselves, from the broken connection; then they are made to stop
@@ -67,8 +65,10 @@ def next_meeting(node: Node, timeout_s: int) -> int:
     another; who comes back early waits here, and with the same number if it has to come again, or they would count
     past each other for ever.
     """
+    from torch.distributed import TCPStore  # a run on one node waits for no torch
+
     try:
-        store = dist.TCPStore(node.address, node.port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
+        store = TCPStore(node.address, node.port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
         keys = [f"ranks of node {rank}" for rank in range(node.count)]
         meeting = store.add(keys[node.rank], 0)
         if all(store.add(key, 0) >= meeting for key in keys):
@@ -82,7 +82,7 @@ def next_meeting(node: Node, timeout_s: int) -> int:
                 )
             time.sleep(_POLL_S)
         return meeting
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UserError(
             f"MASTER_ADDR={node.address}, MASTER_PORT={node.port}: node 0 does not answer ({str(error).splitlines()[0]}"
             f"); start `npd run` on every node"

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from npd_ascend.device import Rank, collective_backend, this_rank
+from npd_ascend.device import collective_backend
 from npd_ascend.errors import LostRankError, UserError
+from npd_ascend.ranks import Rank, this_rank
 
 _log = logging.getLogger(__name__)
 # torch 2.13 renamed both; the Ascend row of versions has torch 2.10

@@ -16,7 +16,7 @@ from npd_ascend.prompts import read_heldout
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.canary import make_probes
-from npd_ascend.weights.disk import export
+from npd_ascend.weights.export import export
 
 
 def start_student(config: Config, mesh: Mesh = ALONE) -> Decoder:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from npd_ascend.model.decoder import Decoder
-from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.weights.canary import Probe
+
+if TYPE_CHECKING:
+    from npd_ascend.model.decoder import Decoder
+    from npd_ascend.parallel.mesh import Mesh
 
 
 class WeightChannel(Protocol):
     def publish(
-        self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh, *, step: int = 0
+        self, version: int, model: "Decoder", source: Path, probes: Sequence[Probe], mesh: "Mesh", *, step: int = 0
     ) -> None:
         """Make `version` visible; called by all ranks.
 

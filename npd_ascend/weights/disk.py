@@ -4,14 +4,15 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from npd_ascend.durable import commit_folder, sha256
+from npd_ascend.durable import sha256
 from npd_ascend.errors import UserError
-from npd_ascend.model.decoder import Decoder
-from npd_ascend.model.load import save_decoder
-from npd_ascend.parallel.mesh import ALONE, Mesh
-from npd_ascend.weights.canary import Probe, write_probes
-from npd_ascend.weights.gather import whole_tensors
+from npd_ascend.weights.canary import Probe
+
+if TYPE_CHECKING:
+    from npd_ascend.model.decoder import Decoder
+    from npd_ascend.parallel.mesh import Mesh
 
 
 class DiskChannel:
@@ -19,9 +20,21 @@ class DiskChannel:
         self.folder = Path(folder)
 
     def publish(
-        self, version: int, model: Decoder, source: Path, probes: Sequence[Probe], mesh: Mesh = ALONE, *, step: int = 0
+        self,
+        version: int,
+        model: "Decoder",
+        source: Path,
+        probes: Sequence[Probe],
+        mesh: "Mesh | None" = None,
+        *,
+        step: int = 0,
     ) -> None:
-        """Write v<version>, float32 or bfloat16 as the model is. A version is never written twice."""
+        """Write v<version>, float32 or bfloat16 as the model is. A version is never written twice. mesh None: alone."""
+        # who only reads versions, as `npd run` does, waits for no torch
+        from npd_ascend.parallel.mesh import ALONE
+        from npd_ascend.weights.export import export
+
+        mesh = mesh or ALONE
         if mesh.rank == 0 and version in self.versions():  # another rank may ask when rank 0 is done
             raise AssertionError(f"version {version} is already published in {self.folder}")
         stamp = {"version": version, "step": step}
@@ -55,30 +68,3 @@ class DiskChannel:
         for version in self.versions():
             if first <= version < last:
                 shutil.rmtree(self.folder / f"v{version}")
-
-
-def export(
-    folder: Path,
-    model: Decoder,
-    source: Path,
-    mesh: Mesh = ALONE,
-    *,
-    stamp: dict | None = None,
-    probes: Sequence[Probe] = (),
-) -> None:
-    """`folder` as a Hugging Face folder, whole or not at all; called by all ranks, written by rank 0.
-
-    source: the model folder whose config, tokenizer and licence belong to the weights.
-    stamp: if given, written with the weights' checksum as version.json, and the probes as canary.json.
-    """
-    if mesh.rank == 0:
-        with commit_folder(folder) as draft:
-            save_decoder(model, source, draft, whole_tensors(model, mesh))
-            if stamp is not None:
-                stamp = stamp | {"sha256": sha256(draft / "model.safetensors")}
-                (draft / "version.json").write_text(json.dumps(stamp) + "\n")
-                write_probes(probes, draft)
-    elif mesh.dp_rank == 0:
-        for _ in whole_tensors(model, mesh):
-            pass
-    mesh.barrier()

@@ -19,7 +19,7 @@ from npd_ascend.rollout import vllm_engine
 from npd_ascend.rollout.engine import Request, Sampling
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.weights.canary import Probe, compare
-from npd_ascend.weights.disk import export
+from npd_ascend.weights.export import export
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed; launch/test.sh runs this in an environment of its own", allow_module_level=True)
