@@ -41,6 +41,9 @@ def run_recipe(run: RunFolder, nodes: Nodes, arguments: Sequence[str]) -> int:
     if run.config.processes.ray:
         join_cluster(run.config)
     for number, group in enumerate(recipe(run.config), 1):
+        # of several nodes one may see a file before another does, and they have to walk in step
+        if nodes.here.count == 1 and all(_is_done(run, process) for process in group):
+            continue
         code = _run_group(run, share(run.config, group, nodes.here), nodes)
         if code != 0:
             nodes.end(f"{group[0].name} and what runs beside it ended with exit code {code}; see {run.logs}")
@@ -50,6 +53,18 @@ def run_recipe(run: RunFolder, nodes: Nodes, arguments: Sequence[str]) -> int:
         print((run.path / "summary.txt").read_text(), end="")
         print(f"report: {run.report}")
     return 0
+
+
+def _is_done(run: RunFolder, process: Process) -> bool:
+    """Whether it would find that nothing is left to do; it looks itself too, after seconds of imports."""
+    match process.arguments:
+        case ("sft",):
+            return run.has_trained("sft")
+        case ("rollout" | "score", "--set", number, *_):
+            return run.stream.is_decided(int(number))
+        case ("distill",):
+            return run.has_trained("npd")
+    return False
 
 
 @dataclass(slots=True)

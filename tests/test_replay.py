@@ -12,7 +12,7 @@ from command import npd, npd_here
 from conftest import CONFIGS
 
 from npd_ascend.config import load_config, load_yaml
-from npd_ascend.replay import plan_replay
+from npd_ascend.replay import open_replay, plan_replay
 from npd_ascend.runfolder import reopen_run
 from npd_ascend.sweep import SweepConfig
 
@@ -39,9 +39,25 @@ def refused(*words: str | Path) -> str:
     return done.stderr
 
 
-def record(folder: Path, *more: str) -> Path:
-    done = npd("run", "--config", CONFIGS / "addition_cpu.yaml", f"run.folder={folder}", *SMALL, *more)
+def here(*words: str | Path) -> None:
+    done = npd_here(*words)
     assert done.returncode == 0, done.stderr
+
+
+def record(folder: Path, *more: str, sets: int = 1) -> Path:
+    """A run stage by stage, which tests/test_run.py shows to be what `npd run` makes."""
+    here("sft", "--config", CONFIGS / "addition_cpu.yaml", f"run.folder={folder}", *SMALL, *more)
+    for number in range(sets):
+        for stage in ("rollout", "score"):
+            here(stage, "--run", folder, "--set", str(number))
+        here("distill", "--run", folder)
+    return folder
+
+
+def retrain(source: Path, folder: Path, *overrides: str) -> Path:
+    """What `npd replay` does, without evaluation and report."""
+    open_replay(source, folder, overrides)
+    here("distill", "--run", folder)
     return folder
 
 
@@ -51,7 +67,10 @@ def weights(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def cycle(tmp_path_factory) -> Path:
-    return record(tmp_path_factory.mktemp("cycle") / "run", "npd.refresh_after=[1]")
+    folder = record(tmp_path_factory.mktemp("cycle") / "run", "npd.refresh_after=[1]", sets=2)
+    for stage in ("eval", "report"):
+        here(stage, "--run", folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +85,7 @@ def test_unchanged_it_is_the_same_student_and_nothing_is_made_again(cycle, tmp_p
     for shard in (cycle / "stream").glob("[rs]*.parquet"):
         assert (tmp_path / "replay" / "stream" / shard.name).samefile(shard)
     stages = [json.loads(line)["stage"] for line in (tmp_path / "replay" / "logs" / "stages.jsonl").open()]
-    assert "distill" in stages
+    assert stages == ["distill", "eval", "report"]
     summary, recorded = (json.loads((folder / "summary.json").read_text()) for folder in (tmp_path / "replay", cycle))
     for key in ("scores", "heldout_kl", "kept", "drift_max"):
         assert summary[key] == recorded[key]
@@ -74,10 +93,11 @@ def test_unchanged_it_is_the_same_student_and_nothing_is_made_again(cycle, tmp_p
 
 
 def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
-    recorded = record(tmp_path / "run", "npd.stream={publish_every: 2, max_lag: 1}", "npd.refresh_after=[]")
-    done = npd("replay", "--run", recorded, tmp_path / "replay")
+    live = ["npd.stream={publish_every: 2, max_lag: 1}", "npd.refresh_after=[]"]
+    recorded = tmp_path / "run"
+    done = npd("run", "--config", CONFIGS / "addition_cpu.yaml", f"run.folder={recorded}", *SMALL, *live)
     assert done.returncode == 0, done.stderr
-    assert weights(tmp_path / "replay") == weights(recorded)
+    assert weights(retrain(recorded, tmp_path / "replay")) == weights(recorded)
     for override in ("npd.epochs=1", "run.seed=5"):  # other shards, and shards of other prompts
         said = refused("replay", "--run", recorded, tmp_path / "more", override)
         assert f"{override}: the stream of" in said
@@ -85,8 +105,7 @@ def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
 
 def test_with_other_settings_it_is_the_run_that_had_them(one_set, tmp_path):
     """With one set of rollouts the settings of training do not change what is generated, so a real run can be asked."""
-    done = npd("replay", "--run", one_set, tmp_path / "replay", *OTHER)
-    assert done.returncode == 0, done.stderr
+    retrain(one_set, tmp_path / "replay", *OTHER)
     assert weights(tmp_path / "replay") == weights(record(tmp_path / "run", "npd.refresh_after=[]", *OTHER))
     assert weights(tmp_path / "replay") != weights(one_set)
     changes = json.loads((tmp_path / "replay" / "replay.json").read_text())["changes"]
@@ -96,9 +115,7 @@ def test_with_other_settings_it_is_the_run_that_had_them(one_set, tmp_path):
 
 def test_another_number_of_sets(cycle, one_set, tmp_path):
     """Set 0 of a cycle is what the run without refreshes has."""
-    done = npd("replay", "--run", cycle, tmp_path / "replay", "npd.refresh_after=[]")
-    assert done.returncode == 0, done.stderr
-    assert weights(tmp_path / "replay") == weights(one_set)
+    assert weights(retrain(cycle, tmp_path / "replay", "npd.refresh_after=[]")) == weights(one_set)
 
 
 def test_killed_on_the_way_it_goes_on(one_set, tmp_path):
@@ -140,7 +157,7 @@ def test_filters_that_let_more_through_are_refused(tmp_path):
 
 
 def test_a_replay_goes_on_with_its_own_stream_only(one_set, tmp_path):
-    assert npd("replay", "--run", one_set, tmp_path / "replay").returncode == 0
+    open_replay(one_set, tmp_path / "replay", ())
     other = Path(shutil.copytree(one_set, tmp_path / "other"))
     said = refused("replay", "--run", other, tmp_path / "replay")
     assert f"replay: a replay of {one_set}, not of {other}" in said

@@ -41,6 +41,18 @@ def score(index: int, answer_len: int = 3) -> Score:
     )
 
 
+def decision(index: int) -> Decision:
+    return Decision(
+        sample_id=sample_id(f"p{index}", 0, 0),
+        weight_version=0,
+        kept=True,
+        reason="kept",
+        ifd_teacher=0.5,
+        ifd_student=0.25,
+        ifd_delta=0.25,
+    )
+
+
 def test_rows_come_back_as_they_went(tmp_path):
     stream = Stream(tmp_path)
     stream.commit("rollouts", 0, 1, [rollout(1, 1)])
@@ -64,20 +76,29 @@ def test_an_empty_shard_is_a_shard(tmp_path):
     assert stream.entries("scores", 0)[0].rows == 0
 
 
+def test_a_set_is_decided_when_every_rollout_of_it_is(tmp_path):
+    stream = Stream(tmp_path)
+    assert not stream.is_decided(0)
+    for shard in range(2):
+        stream.commit("rollouts", 0, shard, [rollout(2 * shard), rollout(2 * shard + 1)])
+        stream.commit("scores", 0, shard, [score(2 * shard)])
+        assert not stream.is_decided(0)
+    stream.commit("decisions", 0, 0, [decision(index) for index in range(4)])
+    assert stream.is_decided(0)
+    assert not stream.is_decided(1)
+    lines = stream.manifest.read_text().splitlines(keepends=True)
+    # one shard's line is taken out of the manifest, as the message for a damaged one advises
+    for gone in (["rollouts"], ["scores"], ["rollouts", "scores"], ["decisions"]):
+        left = [line for line in lines if not any(f"{kind}-v0-00000" in line for kind in gone)]
+        stream.manifest.write_text("".join(left))
+        assert not Stream(tmp_path).is_decided(0), gone
+
+
 def test_the_stream_is_one_table(tmp_path):
     stream = Stream(tmp_path / "stream")
     stream.commit("rollouts", 0, 0, [rollout(0), rollout(1)])
     stream.commit("scores", 0, 0, [score(1)])
-    decision = Decision(
-        sample_id="p1/v0/0",
-        weight_version=0,
-        kept=True,
-        reason="kept",
-        ifd_teacher=0.5,
-        ifd_student=0.25,
-        ifd_delta=0.25,
-    )
-    stream.commit("decisions", 0, 0, [decision])
+    stream.commit("decisions", 0, 0, [decision(1)])
     rows = read_table(tmp_path).to_pylist()
     assert [row["kept"] for row in rows] == [None, True]
     assert rows[1]["teacher_topk_ids"] == [[0, 1], [2, 3], [4, 5]]

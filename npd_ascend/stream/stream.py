@@ -55,6 +55,12 @@ class Stream:
         """Committed shards of the schedule with npd.stream, where a number stands for one shard of any version."""
         return {entry.shard: entry for entry in self.every() if entry.kind == kind}
 
+    def is_decided(self, version: int) -> bool:
+        """Whether rollouts of `version` are there, all scored and decided on."""
+        rollouts, scores, decisions = (self.entries(kind, version) for kind in ("rollouts", "scores", "decisions"))
+        rows, decided = (sum(entry.rows for entry in entries.values()) for entries in (rollouts, decisions))
+        return 0 < rows == decided and rollouts.keys() == scores.keys()
+
     def every(self) -> list[Entry]:
         """All committed shards; of a shard that was made again only the last. Asking again reads what is new."""
         if not self.manifest.exists():

@@ -33,9 +33,9 @@ def run_scoring(run: RunFolder, number: int, worker: int | None) -> None:
     config.processes.teacher of them, and number 0 waits for the others and decides; None does all.
     """
     run.needs_npd()
-    entries, committed = run.stream.entries("rollouts", number), run.stream.entries("scores", number)
-    if run.stream.entries("decisions", number) and entries.keys() == committed.keys():
+    if run.stream.is_decided(number):
         return
+    entries, committed = run.stream.entries("rollouts", number), run.stream.entries("scores", number)
     tokenizer = ChatTokenizer(run.config.student.path)
     expected = len(wanted_shards(run.config, tokenizer, number))
     if run.config.npd.overlap:  # they are being generated beside
