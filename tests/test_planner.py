@@ -160,6 +160,19 @@ def test_replicas_share_masters_and_moments():
     assert peak(1, group_bytes=10**8).peak == peak(1).peak
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_operator_that_adds_its_product_needs_no_room_for_it(dtype):
+    layout = Layout(tp=1, dp=1, sequence_parallel=False, recompute="full", pack_tokens=512)
+
+    def loss(impl):
+        return trainer_memory("distill", UNTIED, layout, dtype, device="cpu", answer_tokens=384, loss_impl=impl).loss
+
+    head = UNTIED.vocab_size * UNTIED.hidden_size
+    assert loss("triton") == loss("chunked")
+    assert loss("chunked") - loss("npu") == (2 * head if dtype == torch.bfloat16 else 0)
+    assert loss("mindspeed") == loss("npu")
+
+
 def test_times_by_hand():
     layout = Layout(tp=2, dp=4, sequence_parallel=True, recompute="off", pack_tokens=2048)
     samples = Samples(1024, 0.5)

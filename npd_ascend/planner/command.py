@@ -137,6 +137,7 @@ class _Asked:
                 device=kind,
                 answer_tokens=answer_tokens,
                 kernels=kernels,
+                loss_impl=config.kernels.loss,
                 group_bytes=group_bytes(kind),
             )
 

@@ -18,6 +18,7 @@ from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.parallel.plan import cut_model
 from npd_ascend.planner.layer import count_layer, silent_mesh
 from npd_kernels.streaming import CHUNK_BYTES
+from npd_kernels.token_loss import IMPLEMENTATIONS
 
 # log-probs, their exponentials, the product with them, the sorted top-k: what teacher/local.py holds of a chunk
 _SCORE_COPIES = 4
@@ -74,12 +75,14 @@ def trainer_memory(
     device: str,
     answer_tokens: int,
     kernels: Kernels = PLAIN,
+    loss_impl: str = "chunked",
     group_bytes: int = 0,
 ) -> Memory:
     """Of one rank of `npd sft` and `npd distill` from its second step on.
 
     device: of the chunks of logits (npd_kernels.streaming). answer_tokens: of a pack, which is what the head sees.
-    kernels: those that run here, or stand-ins (fused.py). group_bytes: what one group of ranks takes of a card.
+    kernels: those that run here, or stand-ins (fused.py). loss_impl: key of npd_kernels.token_loss.IMPLEMENTATIONS.
+    group_bytes: what one group of ranks takes of a card.
     """
     with silent_mesh(layout.tp, sequence_parallel=layout.sequence_parallel) as mesh:
         sizes = _local_sizes(config, mesh, layout.dp)
@@ -94,7 +97,9 @@ def trainer_memory(
     kept = config.num_layers * layer.kept
     hidden = e * config.hidden_size * (layout.pack_tokens + answer_tokens)  # of train_step's two names
     head, chunk = sizes.head, logits_chunk_bytes(dtype, sizes.head // config.hidden_size, answer_tokens, device)
-    loss = chunk + 4 * head + (e * head if e < 4 else 0) + e * config.hidden_size * answer_tokens
+    # a chunk's part of the head's gradient, unless one operator multiplies and adds it
+    product = 0 if e == 4 or hasattr(IMPLEMENTATIONS[loss_impl], "add_product") else e * head
+    loss = chunk + 4 * head + product + e * config.hidden_size * answer_tokens
     waiting = e * head if config.tie_embeddings else 4 * head
     rest = wide - 4 * head * (1 if config.tie_embeddings else 2)  # gradients of the layers
     meeting = 2 * e * head + (4 * head if e < 4 else 0) if config.tie_embeddings else 4 * head + (4 + e) * head
