@@ -3,7 +3,7 @@
 With requirements-eval.txt; launch/test.sh installs it beside vLLM. The model has random weights and writes mostly
 digits and full stops, so that filters find something and stop texts come up; half of the reference answers
 are what it says, so that scores lie between 0 and 1 and move when anything about the prompt or the stop does.
-Rows are in the shape of the hub's, made here. MBPP and HumanEval are missing: their metric comes from the hub.
+Rows are in the shape of the hub's, made here. MBPP and HumanEval, with a metric of the hub: test_on_real_data.py.
 """
 
 import json
@@ -27,30 +27,16 @@ if find_spec("lm_eval") is None:
     )
 
 import datasets
-from lm_eval import tasks
+from lm_eval_command import GROUPS, lm_eval_command, scores_of, subjects
 
 from npd_ascend.__main__ import main
 from npd_ascend.evaluate import engine_lm, harness
-from npd_ascend.evaluate.benchmarks import BENCHMARKS, TASKS
+from npd_ascend.evaluate.benchmarks import BENCHMARKS
 from npd_ascend.rollout.hf_engine import HfEngine
 
 torch.set_num_threads(1)
 QUESTIONS, NEW_TOKENS = 24, 24
-ORIGINALS = Path(tasks.__file__).parent
-# lm-eval's definition, split that is asked; the groups have a definition and a configuration of the data per subject
-GROUPS = {
-    "mmlu": ("mmlu/default/mmlu_*.yaml", "test"),
-    "cmmlu": ("cmmlu/cmmlu_*.yaml", "test"),
-    "ceval": ("ceval/ceval-valid_*.yaml", "val"),
-}
-SINGLE = {
-    "gsm8k": (ORIGINALS / "gsm8k" / "gsm8k.yaml", "test"),
-    "drop": (ORIGINALS / "drop" / "default.yaml", "validation"),
-    "cluewsc": (TASKS / "cluewsc.yaml", "validation"),
-    "math500": (ORIGINALS / "minerva_math" / "minerva_math500.yaml", "test"),
-    "gpqa_diamond": (ORIGINALS / "gpqa" / "cot_zeroshot" / "gpqa_diamond_cot_zeroshot.yaml", "train"),
-    "ifeval": (ORIGINALS / "ifeval" / "ifeval.yaml", "train"),
-}
+ASKED = ("gsm8k", "drop", "cluewsc", "math500", "gpqa_diamond", "ifeval")  # beside those with many subjects
 SHOTS = {"mmlu": 1, "math500": 4}  # else none
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -90,7 +76,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 def make_data(folder: Path, said: dict[str, list[str]]) -> dict[str, Path]:
     """Questions of every shape; every second reference answer is what the model said, if it is known."""
     folder.mkdir()
-    rows: dict[str, list[dict]] = {name: [] for name in SINGLE}
+    rows: dict[str, list[dict]] = {name: [] for name in ASKED}
     for i in range(QUESTIONS):
         known = said and i % 2 == 0
         number = said["gsm8k"][i] if known else f"{i}"
@@ -139,11 +125,6 @@ def make_data(folder: Path, said: dict[str, list[str]]) -> dict[str, Path]:
     return data | {name: make_subjects(folder / name, name) for name in GROUPS}
 
 
-def subjects(name: str) -> dict[str, str]:
-    """Of a benchmark: lm-eval's file -> the configuration of the data."""
-    return {str(file): yaml.safe_load(file.read_text())["dataset_name"] for file in ORIGINALS.glob(GROUPS[name][0])}
-
-
 def make_subjects(folder: Path, name: str) -> Path:
     """A folder as the hub's, with a configuration per subject; a question and an example in each."""
     folder.mkdir()
@@ -186,67 +167,8 @@ def npd_eval(folder: Path, model: Path, data: dict[str, Path], **changes) -> dic
     return scores_of(folder)
 
 
-def scores_of(folder: Path) -> dict[str, list[float]]:
-    names = json.loads((folder / "results.json").read_text())["benchmarks"]
-    return {
-        name: [row["score"] for row in json.loads((folder / name / "questions-0.json").read_text())] for name in names
-    }
-
-
 def said_by(folder: Path, name: str) -> list[str]:
     return [row["answer"] for row in json.loads((folder / name / "questions-0.json").read_text())]
-
-
-def lm_eval_command(folder: Path, model: Path, data: dict[str, Path]) -> dict[str, list[float]]:
-    """Scores of every question by `lm-eval run --model hf` on its own tasks; only where the data lie is changed."""
-    (folder / "tasks").mkdir(parents=True)
-    for name, (base, split) in SINGLE.items():
-        local = {
-            "include": str(base),
-            "task": f"local_{name}",
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(data[name])}},
-            "training_split": None,
-            "num_fewshot": SHOTS.get(name, 0),
-        }
-        local |= {} if name in SHOTS else {"fewshot_split": None}
-        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(local))
-    for name in GROUPS:
-        for base, subject in subjects(name).items():
-            local = {
-                "include": base,
-                "task": f"local_{name}_{subject}",
-                "tag": f"local_{name}",
-                "dataset_path": str(data[name]),
-                "description": "",  # model.system_prompt: none
-                "num_fewshot": SHOTS.get(name, 0),
-            }
-            (folder / "tasks" / f"{name}_{subject}.yaml").write_text(yaml.safe_dump(local))
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
-    command += ["--model_args", f"pretrained={model},dtype=float32", "--include_path", str(folder / "tasks")]
-    command += [
-        "--tasks",
-        *(f"local_{name}" for name in data),
-        "--apply_chat_template",
-        "--fewshot_as_multiturn",
-        "true",
-    ]
-    command += ["--gen_kwargs", f"max_gen_toks={NEW_TOKENS}", "--output_path", str(folder / "out"), "--log_samples"]
-    # a cache of its own: GPQA shuffles its choices, and would find them shuffled
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")}
-    subprocess.run(command, check=True, env=env, timeout=900)
-    scores = {}
-    for name in data:
-        files = (folder / "out").rglob(f"samples_local_{name}_*.jsonl")
-        rows = [
-            json.loads(line)
-            for file in sorted(files, key=lambda file: re.sub(r"_\d{4}-.*", "", file.name))  # without the date
-            for line in file.read_text().split("\n")[:-1]
-        ]
-        asked = BENCHMARKS[name]
-        scores[name] = [float(row[asked.metric]) for row in rows if row["filter"] == asked.filter]
-    return scores
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +185,7 @@ def theirs(tmp_path_factory):
     quoted = ("gsm8k", "drop", "math500")
     npd_eval(folder / "said", model, {name: first[name] for name in quoted})
     data = make_data(folder / "data", {name: said_by(folder / "said", name) for name in quoted})
-    scores = lm_eval_command(folder / "theirs", model, data)
+    scores = lm_eval_command(folder / "theirs", model, data, SHOTS, new_tokens=NEW_TOKENS)
     assert all(0.1 < sum(each) / len(each) < 0.9 for each in scores.values()), (
         scores
     )  # 0 and 1 would agree by themselves
