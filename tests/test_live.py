@@ -198,18 +198,24 @@ def children(pid: int) -> dict[str, int]:
     return found
 
 
-def start_long(folder: Path, *more: str) -> subprocess.Popen:
-    """A live run that would take minutes, once its trainer has trained a few steps."""
-    words = [sys.executable, "-m", "npd_ascend", "run"]
-    words += settings(folder, ONE_BEHIND, "data.prompts.count=8000", *more)
-    # tests that run in the background of a script have inherited that SIGINT is ignored
-    as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
-    )
-    packs = folder / "stream" / "packs.jsonl"
-    wait_for(lambda: packs.exists() and packs.read_text().count("\n") > 5)
-    return process
+@pytest.fixture
+def start_long(reference):
+    """start_long(folder, *overrides): a live run that would take minutes, once its trainer has trained a few steps."""
+
+    def start(folder: Path, *more: str) -> subprocess.Popen:
+        shutil.copytree(reference / "weights" / "v0", folder / "weights" / "v0")
+        words = [sys.executable, "-m", "npd_ascend", "run"]
+        words += settings(folder, ONE_BEHIND, "data.prompts.count=8000", *more)
+        # tests that run in the background of a script have inherited that SIGINT is ignored
+        as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+        )
+        packs = folder / "stream" / "packs.jsonl"
+        wait_for(lambda: packs.exists() and packs.read_text().count("\n") > 5)
+        return process
+
+    return start
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -217,7 +223,7 @@ def stop(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def test_processes_that_hang_are_started_again(tmp_path):
+def test_processes_that_hang_are_started_again(start_long, tmp_path):
     process = start_long(tmp_path / "run", "processes.timeout_s=25")
     try:
         hung = {role: pid for role, pid in children(process.pid).items() if role != "distill"}
@@ -235,7 +241,7 @@ def test_processes_that_hang_are_started_again(tmp_path):
         assert f"npd {role} was killed by SIGKILL; restart 1 of 5" in said
 
 
-def test_a_process_that_never_stays_alive_ends_the_run(tmp_path):
+def test_a_process_that_never_stays_alive_ends_the_run(start_long, tmp_path):
     process = start_long(tmp_path / "run", "processes.restarts=1")
     try:
         for _ in range(2):
@@ -250,7 +256,7 @@ def test_a_process_that_never_stays_alive_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
-def test_no_process_outlives_the_supervisor(tmp_path, signal_):
+def test_no_process_outlives_the_supervisor(start_long, tmp_path, signal_):
     process = start_long(tmp_path / "run")
     alive = children(process.pid)
     assert alive.keys() == {"distill", "rollout", "score"}
@@ -280,7 +286,7 @@ def test_other_samples_than_were_trained_on_are_not_taken_for_them(reference, tm
     assert "packs.jsonl: step 3 was trained on other samples" in done.stderr
 
 
-def test_a_teacher_that_breaks_on_the_way_ends_the_run_with_its_own_words(tmp_path):
+def test_a_teacher_that_breaks_on_the_way_ends_the_run_with_its_own_words(start_long, tmp_path):
     """Its weights are replaced while it runs; what a new worker loads knows nothing."""
     from transformers import AutoModelForCausalLM
 
