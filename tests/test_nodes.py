@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from command import npd_here
 from conftest import CONFIGS
 from safetensors.torch import load_file
 
@@ -348,10 +349,8 @@ def test_a_run_folder_that_is_no_folder_is_told(meeting_place, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_train_the_student_of_one_and_survive_a_lost_rank(pair, tmp_path):
-    words = [*SMALL, *TWO, "sft.epochs=12", "sft.checkpoint_every_steps=5"]
-    alone = [sys.executable, "-m", "npd_ascend", "run", "--config", str(ADDITION), *words]
-    subprocess.run([*alone, f"run.folder={tmp_path / 'one'}"], check=True, cwd=ROOT)
-    both = pair(f"run.folder={tmp_path / 'two'}", *words)
+    words = [*SMALL, "sft.epochs=12", "sft.checkpoint_every_steps=5"]
+    both = pair(f"run.folder={tmp_path / 'two'}", *words, *TWO)
     metrics = tmp_path / "two" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not metrics.exists() or metrics.read_text().count("train/loss") < 8:
@@ -360,6 +359,8 @@ def test_two_nodes_train_the_student_of_one_and_survive_a_lost_rank(pair, tmp_pa
     second = next(pid for pid in _descendants(both.nodes[1].pid) if _says(pid, b"RANK=1"))
     os.kill(second, signal.SIGKILL)
     assert [code for code, _ in both.wait()] == [0, 0]
+    alone = ["--config", ADDITION, f"run.folder={tmp_path / 'one'}", *words]  # one rank, one worker of each kind
+    assert [npd_here(stage, *alone).returncode for stage in ("sft", "rollout", "score", "distill")] == [0] * 4
     wanted, got = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
     for name, value in wanted.items():
         assert (got[name] - value).norm() <= 1e-3 * value.norm(), name

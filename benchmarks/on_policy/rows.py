@@ -49,7 +49,7 @@ PAIRS = {
         pack_tokens=512,
         lr=1e-3,
         filters={"drop_below_zero": False, "tau": 0.95, "tau_mode": "quantile"},
-        warm={"count": 1000, "epochs": 30, "pack_tokens": 512, "lr": 3e-3},
+        warm={"count": 400, "epochs": 15, "pack_tokens": 512, "lr": 3e-3},
     ),
 }
 QUICK = {
