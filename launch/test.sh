@@ -35,7 +35,7 @@ in_other_environments() {
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 in_other_environments > "$log" 2>&1 &
-part "the tests of the ordinary environment" env NPD_SLOW=1 $bin/python -m pytest -n 2 --dist loadfile --durations 40
+part "the tests of the ordinary environment" env NPD_SLOW=1 $bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 part "what ran beside them" wait $!
 cat "$log"
 if [ -n "$failed" ]; then

@@ -30,9 +30,11 @@ _files_with_ranks: set[Path] = set()
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files that share the pool of ranks come first; plain pytest names what it leaves out and why."""
+    """Files that share the pool of ranks come first, then long ones, so that no process ends with one of them alone;
+    plain pytest names what it leaves out and why."""
     _files_with_ranks.update(item.path for item in items if "ranks" in item.fixturenames)
-    items.sort(key=lambda item: item.path not in _files_with_ranks)
+    long_files = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: (item.path not in _files_with_ranks, item.path not in long_files))
     if SLOW or "slow" in config.getoption("markexpr"):
         return
     for item in items:
