@@ -31,7 +31,8 @@ shown "every call of torch_npu fits its schema; planted mistakes do not" .venv-n
 shown "device, collectives and switches through torch_npu on a stub of CANN" .venv-npu-check $wheel $wheel/test_device.py
 shown "whole steps of openPangu-1B on fake NPU tensors, torch_npu's autograd" .venv-npu-check $wheel \
   $wheel/test_trace.py $wheel/test_memory.py
-shown "weights to vllm-ascend's hccl engine, HCCL a stub" .venv-npu-check $wheel $wheel/test_hccl_transfer.py
+shown "weights to vllm-ascend's worker and hccl engine, HCCL a stub" .venv-npu-check $wheel \
+  $wheel/test_hccl_transfer.py $wheel/test_worker.py
 shown "Triton kernels lowered for 910B1 and 910B3, up to the step of CANN" .venv-ascend tests/ascend tests/ascend
 .venv-npu-check/bin/python $wheel/step_report.py
 printf '\n%s\nNothing of this ran on an NPU.\n' "$table"

@@ -26,6 +26,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all in this process: it starts in seconds and dies with the stage
     "VLLM_HOST_IP": "127.0.0.1",  # where it listens for the ranks that it does not have
     "VLLM_NO_USAGE_STATS": "1",  # it would report every start to its makers
+    "VLLM_ASCEND_ENABLE_NZ": "0",  # weights in that format cannot be replaced, and only one of three ways would say so
 }
 
 
@@ -96,7 +97,7 @@ def replace_weights(llm: Any, folder: Path, *, tied: bool) -> None:
 
     tied: the head is the embedding. Its KV cache still holds the old weights: reset_prefix_cache.
     """
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    llm.collective_rpc(_reload, args=(str(folder),))
     if tied:
         # on CPU the head is a packed copy of the embedding, which the reload passes over: the old weights answer
         llm.apply_model(_pack_head)
@@ -137,6 +138,14 @@ def take_received_weights(llm: Any, *, tied: bool) -> None:
     llm.collective_rpc(_load_received)
     if tied:
         llm.apply_model(_pack_head)
+
+
+def _reload(worker: Any, folder: str) -> None:
+    """What vLLM's own worker has as a method, and vllm-ascend 0.23's has not; the runner has it in both."""
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(worker.vllm_config), torch.device(worker.device):
+        worker.model_runner.reload_weights(weights_path=folder)
 
 
 def _receive(worker: Any, manifest: Manifest) -> None:
