@@ -20,6 +20,8 @@ shift || true
 case $role in
   head)
     host=${NPD_RAY_HOST:-127.0.0.1} port=${NPD_RAY_PORT:-6379}
+    # else Ray takes the address of this host's network for it, on Linux; there is no other node to reach then
+    [ "$host" != 127.0.0.1 ] || export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
     $bin/ray start --head --node-ip-address "$host" --port "$port" --include-dashboard=false \
       --disable-usage-stats "${node[@]}" > /dev/null
     trap '$bin/ray stop > /dev/null' EXIT

@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_live import ONE_BEHIND, settings, soak, wait_for, whole_run  # noqa: F401
+from test_live import ONE_BEHIND, ROOT, settings, soak, wait_for, whole_run  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,62 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
     assert process.returncode == 0, said
     assert "crashed with exit code 1; restart 1 of 5" in log.read_text()
     assert soak.check(tmp_path / "run") == []
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # as /proc/net has it
+
+
+def addresses(mark: str) -> set[str]:
+    """At which processes with `mark` in their environment wait for connections."""
+    waiting = {
+        line.split()[9]: line.split()[1].split(":")[0]
+        for kind in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+    }
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may be gone
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                links = [os.readlink(link) for link in (process / "fd").iterdir()]
+                found |= {waiting[link[8:-1]] for link in links if link[8:-1] in waiting}
+    return found
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
+    """launch/npd_ray.sh with this environment in the place of its own, and in npd's something that only waits.
+
+    wide: as Ray would do it; the test would see that."""
+    script = (ROOT / "launch" / "npd_ray.sh").read_text()
+    assert "export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0" in script
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "npd_ray.sh").write_text(script.replace("CLUSTER=0", "CLUSTER=1") if wide else script)
+    (tmp_path / "launch" / "env.sh").write_text("environment() { :; }\n")
+    (tmp_path / ".venv-ray" / "bin").mkdir(parents=True)
+    for name, does in (("ray", f'exec {sys.executable} -m ray.scripts.scripts "$@"'), ("npd", "touch up; sleep 60")):
+        (tmp_path / ".venv-ray" / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / ".venv-ray" / "bin" / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mark = f"NPD_TEST_MARK={tmp_path}"
+    environment = os.environ | dict([mark.split("=", 1)]) | {"NPD_RAY_PORT": str(port), "NPD_RAY_NODE": "--num-cpus=2"}
+    environment.pop("NPD_RAY_HOST", None)
+    process = subprocess.Popen(["bash", "launch/npd_ray.sh", "head"], cwd=tmp_path, env=environment)
+    try:
+        wait_for(lambda: (tmp_path / "up").exists() or process.poll() is not None, 120)
+        assert process.poll() is None
+        opened = addresses(mark)
+    finally:
+        process.terminate()
+        process.wait()
+        for found in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if mark.encode() in (found / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(found.name), signal.SIGKILL)
+    assert opened
+    assert (opened <= LOOPBACK) != wide
 
 
 def test_a_cluster_without_room_and_one_that_is_not_there_are_refused(cluster, tmp_path):
