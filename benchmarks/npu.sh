@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # What a 910B2 reaches of its 354 TFLOP/s in bfloat16, and the kernels beside their bounds; prints JSON.
-#   bash benchmarks/npu.sh > npu-benchmarks.json      PYTHON: of the environment of requirements-npu.txt
+#   bash benchmarks/npu.sh [--schedules] > npu-benchmarks.json      PYTHON: of the environment of requirements-npu.txt
+# --schedules: also NPD against on-policy distillation by eight cards, and the seconds that new weights take; it wants
+# the models and questions of configs/openpangu_1b_8npu.yaml.
 # It has not run on a card. What it prints belongs into npd_ascend/planner/rates.py and benchmarks/README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,3 +14,8 @@ done
 # a pack that needs no recomputation
 $python benchmarks/mfu.py --device npu --model 1B --pack-tokens 16384 --recompute off
 $python benchmarks/kernels.py --device npu
+if [ "${1:-}" = --schedules ]; then
+  $python benchmarks/schedules.py --config configs/openpangu_1b_8npu.yaml data.prompts.count=4096 \
+    --on-policy npd.packs_per_step=1 --on-policy parallel.dp=4 --on-policy rollout.weights=device \
+    --on-policy "processes={rollout: 3, teacher: 1, timeout_s: 3600}"
+fi

@@ -8,11 +8,11 @@
 # On a node with NPUs the packages of requirements-npu.txt must be there: docs/ascend.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-dry=
-if [ "${1:-}" = --dry-run ]; then
-  dry=1
-  shift
-fi
+dry='' arguments=()
+for word in "$@"; do
+  if [ "$word" = --dry-run ]; then dry=1; else arguments+=("$word"); fi
+done
+set -- "${arguments[@]}"
 case ${NPD_DEVICE:-npu} in
   npu)
     config=${NPD_CONFIG:-configs/openpangu_1b_8npu.yaml}

@@ -1,7 +1,9 @@
 """Which processes a run has and which cards they get; the launch script's listing."""
 
+import importlib.util
 import itertools
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,28 @@ CARDS = [str(card) for card in range(8)]
 def test_who_starts_the_processes_does_not_wait_for_torch():
     code = "import sys, npd_ascend.supervisor, npd_ascend.nodes; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_benchmark_for_npus_asks_for_fits_a_node_of_eight(monkeypatch, tmp_path):
+    script = (CONFIGS.parent / "benchmarks" / "npu.sh").read_text().replace("\\\n", " ")
+    words = shlex.split(next(line for line in script.splitlines() if "schedules.py" in line and "python" in line))
+    spec = importlib.util.spec_from_file_location("schedules", CONFIGS.parent / "benchmarks" / "schedules.py")
+    schedules = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schedules)
+    groups = {}
+
+    def run(config, folder, overrides):
+        loaded = load_config(CONFIGS.parent / config, overrides)
+        groups[folder.name] = recipe(loaded)
+        for group in groups[folder.name]:
+            place(loaded, group, CARDS)
+
+    monkeypatch.setattr(schedules, "run", run)
+    monkeypatch.setattr(schedules, "measure", lambda folder: {"answer_tokens_per_hour": 1})
+    monkeypatch.setattr(sys, "argv", [*words[1:], "--folder", str(tmp_path)])
+    schedules.main()
+    assert names(groups["on-policy"][0]) == ["distill", "rollout-0", "rollout-1", "rollout-2", "score"]
+    assert len(groups["cycle"]) == 8
 
 
 def names(group):

@@ -5,11 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import CONFIGS
 
+from npd_ascend.config import load_config
 from npd_ascend.durable import commit_file, commit_folder
 from npd_ascend.errors import UserError
 from npd_ascend.records import Decision, Rollout, Score, sample_id
+from npd_ascend.runfolder import open_run
 from npd_ascend.stream import Stream, read_table
+from npd_ascend.trainer.samples import kept_samples
 
 
 def rollout(index: int, answer_len: int = 3, **changes) -> Rollout:
@@ -92,6 +96,19 @@ def test_a_set_is_decided_when_every_rollout_of_it_is(tmp_path):
         left = [line for line in lines if not any(f"{kind}-v0-00000" in line for kind in gone)]
         stream.manifest.write_text("".join(left))
         assert not Stream(tmp_path).is_decided(0), gone
+
+
+@pytest.mark.parametrize("scored", [3, 4])
+def test_scores_of_other_tokens_than_were_generated_are_refused(tmp_path, scored):
+    run = open_run(load_config(CONFIGS / "addition_cpu.yaml", [f"run.folder={tmp_path}/run", "teacher.top_k=2"]))
+    run.stream.commit("rollouts", 0, 0, [rollout(0), rollout(1)])
+    run.stream.commit("scores", 0, 0, [score(0), score(1, scored)])
+    run.stream.commit("decisions", 0, 0, [decision(0), decision(1)])
+    if scored == 3:
+        assert [sample.sample_id for sample in kept_samples(run, 0)] == ["p0/v0/0", "p1/v0/0"]
+        return
+    with pytest.raises(UserError, match=r"p1/v0/0 of .* has 3 answer tokens and scores of 4"):
+        kept_samples(run, 0)
 
 
 def test_the_stream_is_one_table(tmp_path):

@@ -88,7 +88,7 @@ def device_findings(text: str | None, if_busy: Literal["warning", "failed"] = "w
         return [Finding("driver", "failed", said)]
     return [
         Finding("driver", "ok", f"{table.driver}, {len(table.chips)} chips, {table.chips[0].name}"),
-        _health(table.chips),
+        _health(_seen(table.chips)),
         _memory(table, if_busy),
         _visible(len(table.chips)),
         _cann(),
@@ -103,10 +103,14 @@ def _health(chips: list[Chip]) -> Finding:
     return Finding("NPU health", "ok", f"OK on all {len(chips)}")
 
 
-def _memory(table: Table, if_busy: Literal["warning", "failed"]) -> Finding:
-    """Of the cards that a run would see."""
+def _seen(chips: list[Chip]) -> list[Chip]:
+    """Those that a run would see; all where the variable names none of them, which is another finding."""
     visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    chips = [chip for chip in table.chips if visible is None or chip.number in _numbers(visible)] or table.chips
+    return [chip for chip in chips if visible is None or chip.number in _numbers(visible)] or chips
+
+
+def _memory(table: Table, if_busy: Literal["warning", "failed"]) -> Finding:
+    chips = _seen(table.chips)
     busy = [chip for chip in chips if chip.used_mb > _IDLE_MB]
     if busy:
         who = ", ".join(f"{name} {pid}" for pid, name in table.processes) or "no process is named"

@@ -41,6 +41,12 @@ def _join_kept(run: RunFolder, parts: Sequence[list], where: str) -> list[tuple[
             f"{run.stream.folder}: rollouts, scores and decisions of {where} do not belong together; run "
             f"`npd rollout` and `npd score --run {run.path}` again, which make what is missing anew"
         )
+    for rollout in rollouts:
+        if (scored := len(score_of[rollout.sample_id].teacher_topk_ids)) != rollout.answer_len:
+            raise UserError(
+                f"{run.stream.folder}: {rollout.sample_id} of {where} has {rollout.answer_len} answer tokens and "
+                f"scores of {scored}, which would be trained on for other tokens; start a new run.folder"
+            )
     top_k = run.config.teacher.top_k
     return [(rollout, _sample(rollout, score_of[rollout.sample_id], top_k)) for rollout in rollouts]
 
