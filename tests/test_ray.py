@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from listening import LOOPBACK, listening
 from test_live import ONE_BEHIND, ROOT, settings, soak, wait_for, whole_run  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -81,23 +82,13 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
     assert soak.check(tmp_path / "run") == []
 
 
-LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # as /proc/net has it
-
-
-def addresses(mark: str) -> set[str]:
-    """At which processes with `mark` in their environment wait for connections."""
-    waiting = {
-        line.split()[9]: line.split()[1].split(":")[0]
-        for kind in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
-        if line.split()[3] == "0A"
-    }
+def marked(mark: str) -> set[int]:
+    """Processes that have it in their environment."""
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it may be gone
             if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
-                links = [os.readlink(link) for link in (process / "fd").iterdir()]
-                found |= {waiting[link[8:-1]] for link in links if link[8:-1] in waiting}
+                found.add(int(process.name))
     return found
 
 
@@ -125,14 +116,13 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
     try:
         wait_for(lambda: (tmp_path / "up").exists() or process.poll() is not None, 120)
         assert process.poll() is None
-        opened = addresses(mark)
+        opened = listening(marked(mark))
     finally:
         process.terminate()
         process.wait()
-        for found in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if mark.encode() in (found / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(found.name), signal.SIGKILL)
+        for pid in marked(mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert opened
     assert (opened <= LOOPBACK) != wide
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import CONFIGS
+from listening import LOOPBACK, listening
 from safetensors.torch import load_file
 
 if find_spec("vllm") is None:
@@ -29,32 +30,12 @@ SETTINGS = [
 ]
 
 
-LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as /proc/net has it
-
-
 def descendants(pid: int) -> set[int]:
     found = {pid}
     with suppress(OSError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             found |= descendants(int(child))
     return found
-
-
-def listening(pids: set[int]) -> set[str]:
-    """Addresses at which these processes wait for connections."""
-    address_of = {
-        line.split()[9]: line.split()[1].split(":")[0]
-        for kind in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]
-        if line.split()[3] == "0A"
-    }
-    sockets = set()
-    for pid in pids:
-        with suppress(OSError):  # it may be gone
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                with suppress(OSError):
-                    sockets.add(os.readlink(f"/proc/{pid}/fd/{descriptor}").removeprefix("socket:[").removesuffix("]"))
-    return {address for inode, address in address_of.items() if inode in sockets}
 
 
 def test_the_layout_of_a_node_makes_the_student_of_one_process(tmp_path):
