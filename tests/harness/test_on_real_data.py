@@ -50,3 +50,5 @@ def test_the_same_scores_as_lm_evals_own_command(tmp_path, monkeypatch):
     for name, scores in theirs.items():
         print(f"{name}: {sum(scores):g} of {len(scores)} by lm-eval, {sum(ours[name]):g} of {len(ours[name])} by npd")
     assert ours == theirs
+    for name, scores in theirs.items():
+        assert 0 < sum(scores) < len(scores), f"{name}: all alike, which would agree by itself; take another model"
