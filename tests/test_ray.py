@@ -97,6 +97,10 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
     """launch/npd_ray.sh with this environment in the place of its own, and in npd's something that only waits.
 
     wide: as Ray would do it; the test would see that."""
+    from ray.util import get_node_ip_address  # not everybody who runs other tests has it
+
+    if wide and get_node_ip_address().startswith("127."):
+        pytest.skip("this host has no address but loopback, so Ray cannot open anything wider")
     script = (ROOT / "launch" / "npd_ray.sh").read_text()
     assert "export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0" in script
     (tmp_path / "launch").mkdir()
