@@ -1,16 +1,19 @@
 """What is called on a worker inside vLLM is there in vllm-ascend's, which is no subclass of vLLM's own."""
 
 import ast
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 
-if find_spec("vllm_ascend") is None:
+# by what is installed and not by what is importable: other tests of this process put a module in its place
+try:
+    WHEEL = distribution("vllm-ascend")
+except PackageNotFoundError:
     pytest.skip("vllm-ascend's wheel is not installed; launch/test.sh brings it", allow_module_level=True)
 
 OURS = Path(__file__).parents[2] / "npd_ascend" / "rollout" / "vllm_versions.py"
-THEIRS = Path(find_spec("vllm_ascend").submodule_search_locations[0]) / "worker" / "worker.py"
+THEIRS = Path(str(WHEEL.locate_file("vllm_ascend/worker/worker.py")))
 
 
 def used(source: str) -> set[str]:
