@@ -49,6 +49,8 @@ def render_page(
         versions=[_version(run, version, _published_steps(rows)) for version in _shown(versions)],
         num_versions=len(versions),
         processes=_processes(summary["processes"]),
+        sync=summary["sync"],
+        canary_max=summary["canary_max"],
         reasons=_reasons(versions),
         stages=_bars(summary["seconds"]),
         rates=_rates(rows),

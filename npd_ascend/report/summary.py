@@ -7,10 +7,10 @@ that are named.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
+from npd_ascend.busy import busy_shares, sync_split
 from npd_ascend.config import Config
 from npd_ascend.durable import commit_file
 from npd_ascend.metrics import read_metrics
-from npd_ascend.report.busy import busy_shares
 from npd_ascend.report.page import render_page
 from npd_ascend.report.versions import Version, read_versions
 from npd_ascend.runfolder import RunFolder
@@ -48,8 +48,11 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "heldout_kl": {"first": kl[0] if kl else None, "last": kl[-1] if kl else None},
         "grpo": grpo_ends(rows),
         "lag": _mean(row["train/lag"] for row in steps["npd"] if "train/lag" in row),  # versions, with npd.stream
+        "lag_max": max((row["train/lag_max"] for row in steps["npd"] if "train/lag_max" in row), default=None),
         "drift_max": max((row[name] for row in rows for name in _DRIFT if name in row), default=None),
         "processes": busy_shares(rows),
+        "sync": sync_split(rows),
+        "canary_max": max((row["rollout/canary"] for row in rows if "rollout/canary" in row), default=None),
         "kept_share": kept_share(versions),
         "kept": {str(version.version): version.kept for version in versions},
         "tokens": {

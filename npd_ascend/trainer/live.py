@@ -7,10 +7,12 @@ after a kill or years later, it ends on CPU in float32 with the same bits.
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,7 @@ from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.progress import progress
 from npd_ascend.records import Rollout, Sample
 from npd_ascend.runfolder import RunFolder
+from npd_ascend.status import Status
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.heldout import Heldout, drift_sum, make_generated
 from npd_ascend.trainer.loop import Training
@@ -93,8 +96,8 @@ def _sending(run: RunFolder, mesh: Mesh, model_device: torch.device) -> Iterator
 
 
 def train_all(trainer: "LiveTrainer", mesh: Mesh) -> None:
-    """Every step that is left, with a bar."""
-    steps = trainer.pacing.steps
+    """Every step that is left, with a bar, and now and then a line about all processes."""
+    steps, status = trainer.pacing.steps, Status(trainer.path)
     with progress(trainer.stage.name, steps, "steps", trainer.cursor["step"], shown=mesh.rank == 0) as bar:
         while trainer.cursor["step"] < steps:
             waited = trainer.wait()
@@ -103,6 +106,8 @@ def train_all(trainer: "LiveTrainer", mesh: Mesh) -> None:
                 loss=f"{loss:.3f}", version=trainer.cursor["version"], waited=f"{waited:.1f}s", refresh=False
             )
             bar.update()
+            if mesh.rank == 0 and (line := status.line()):
+                bar.write(line, file=sys.stderr)
 
 
 class LiveTrainer:
@@ -131,6 +136,11 @@ class LiveTrainer:
         self.sender: WeightSender | None = None
         self._heartbeat = run.heartbeat(stage.command) if mesh.rank == 0 else None
         self._written = _written_packs(run)
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self._run.path
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Who worked and who waited for whom, in a run with npd.stream or grpo."""
+"""Who worked and who waited for whom, and what new weights cost, in a run with npd.stream or grpo."""
 
 from collections.abc import Mapping, Sequence
 
@@ -35,3 +35,35 @@ def busy_shares(rows: Sequence[Mapping]) -> dict[str, dict]:
         for key, names in (("busy", busy), ("weights", weights), ("waited", waited)):
             seconds[key] += sum(row.get(name, 0.0) for name in names)
     return found
+
+
+# metric -> what the time goes to
+_SYNC = {
+    "publish/busy_s": "trainer: checkpoint, canary, gathering, writing",
+    "sync/gather_s": "… of it, the copy in memory",
+    "rollout/load_s": "generator stands still",
+    "sync/wait_s": "… of it, until the trainer sends",
+    "sync/transfer_s": "… transfer, checksums",
+    "sync/load_s": "… into the model",
+    "sync/reset_s": "… prefix cache reset",
+}
+
+
+def sync_split(rows: Sequence[Mapping]) -> list[dict]:
+    """Seconds that a new version took: {"what", "count", "mean", "most"} of every part that was measured.
+
+    The first weights of a process are left out: its engine started with them.
+    """
+    found: dict[str, list[float]] = {name: [] for name in _SYNC}
+    started: set[str] = set()
+    for row in rows:
+        for name in _SYNC.keys() & row.keys():
+            if name != "rollout/load_s" or (row[name] and row["stage"] in started):
+                found[name].append(row[name])
+        if row.get("rollout/load_s"):
+            started.add(row["stage"])
+    return [
+        {"what": _SYNC[name], "count": len(values), "mean": sum(values) / len(values), "most": max(values)}
+        for name, values in found.items()
+        if values
+    ]
