@@ -18,9 +18,12 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def commit_file(path: Path) -> Iterator[Path]:
-    """Yield a draft path; when the block ends the draft becomes `path` in one step, durably."""
-    draft = path.with_name(f".{path.name}.draft")
+def commit_file(path: Path, writer: str = "") -> Iterator[Path]:
+    """Yield a draft path; when the block ends the draft becomes `path` in one step, durably.
+
+    writer: tells drafts apart where several processes may write the same file.
+    """
+    draft = path.with_name(f".{path.name}{writer}.draft")
     with _disk_full_is_said(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +82,14 @@ def only_process(path: Path, refusal: str) -> Iterator[None]:
         else:
             raise UserError(refusal)
         yield
+
+
+def keep_first(path: Path, text: str) -> str:
+    """What `path` holds: `text`, unless another process was first. It is there whole or not at all."""
+    if not path.exists():
+        with commit_file(path, f".{os.getpid()}") as draft:
+            draft.write_text(text)
+    return path.read_text()
 
 
 def sha256(path: Path) -> str:

@@ -21,7 +21,7 @@ from npd_ascend.rewards.functions import check_installed
 from npd_ascend.rollout.vllm_versions import require_vllm
 from npd_ascend.stream import Stream
 from npd_ascend.teacher.check import check_teacher
-from npd_ascend.teacher.worker import load_teacher, shared_vocab_size
+from npd_ascend.teacher.worker import check_vocabularies, load_teacher, shared_vocab_size
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.samples import gold_samples
 
@@ -45,7 +45,7 @@ def check_run(config: Config) -> str:
         _check_weights(config.student.path)
     if config.teacher:
         lines.append(f"teacher  {_millions(read_config(config.teacher.path))}, {config.teacher.path}")
-        _check_vocabularies(config, tokenizer)
+        check_vocabularies(config, tokenizer)
         if config.teacher.engine == "local":
             _check_weights(config.teacher.path)
     heldout = read_heldout(config, tokenizer, config.evaluate.max_new_tokens)
@@ -112,20 +112,6 @@ def _stream_line(config: Config, pacing: Pacing) -> str:
         f"new weights every {stream.publish_every} steps{kl}, lag at most {stream.max_lag}; "
         f"{processes.rollout} rollout and {processes.teacher} teacher processes beside the trainer"
     )
-
-
-def _check_vocabularies(config: Config, tokenizer: ChatTokenizer) -> None:
-    if difference := tokenizer.difference(ChatTokenizer(config.teacher.path)):
-        raise UserError(
-            f"teacher and student do not share a vocabulary: {difference}; "
-            f"top-k targets would name other tokens, so choose models with one tokenizer"
-        )
-    for folder in (config.teacher.path, config.student.path):
-        if read_config(folder).vocab_size < tokenizer.vocab_size:
-            raise UserError(
-                f"{folder}/config.json: vocab_size={read_config(folder).vocab_size} is smaller than the "
-                f"tokenizer's {tokenizer.vocab_size} tokens"
-            )
 
 
 def _check_weights(folder: Path) -> None:

@@ -94,6 +94,8 @@ def _check_folder(folder: Path, source: Path, config: Config) -> None:
 def _fill(draft: Path, recorded: RunFolder, config: Config) -> None:
     stream = Stream(draft / "stream")
     stream.folder.mkdir()
+    if recorded.stream.tokenizer.exists():  # its first process compares
+        shutil.copy(recorded.stream.tokenizer, stream.tokenizer)
     tokenizer = ChatTokenizer(config.student.path)
     if config.npd.stream:
         wanted = range(len(wanted_shards(config, tokenizer)))

@@ -6,16 +6,20 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from npd_ascend.config import Config, dump_config, load_config
-from npd_ascend.durable import commit_file, only_process
+from npd_ascend.durable import commit_file, keep_first, only_process
 from npd_ascend.errors import UserError
 from npd_ascend.heartbeat import Heartbeat
 from npd_ascend.stream import Stream
 from npd_ascend.weights.channel import WeightChannel
 from npd_ascend.weights.disk import DiskChannel
+
+if TYPE_CHECKING:
+    from npd_ascend.tokenizer import ChatTokenizer
 
 _MAY_CHANGE = re.compile(
     r"(parallel|processes|device|kernels)\..*|\w+\.checkpoint_every_steps"
@@ -45,6 +49,23 @@ class RunFolder:
     def heartbeat(self, name: str) -> Heartbeat:
         """That of the process `name`, as the supervisor looks for it."""
         return Heartbeat(self.logs / f"{name}.beat")
+
+    def tokenizer(self) -> "ChatTokenizer":
+        """The student's, whose fingerprint lies beside the token ids of the stream.
+
+        UserError if it has changed since another process of the run, or an earlier one, has used it.
+        """
+        from npd_ascend.tokenizer import ChatTokenizer  # `npd run` itself needs no transformers
+
+        tokenizer, file = ChatTokenizer(self.config.student.path), self.stream.tokenizer
+        mine = tokenizer.fingerprint()
+        if (kept := keep_first(file, mine + "\n").strip()) != mine:
+            raise UserError(
+                f"{self.config.student.path}: its tokenizer is not the one that this run began with (fingerprint "
+                f"{mine[:12]}, {file} has {kept[:12]}), so the stream's token ids would mean other text; restore "
+                f"it, or start again with a new run.folder"
+            )
+        return tokenizer
 
     def needs_npd(self) -> None:
         """UserError for a run without NPD."""

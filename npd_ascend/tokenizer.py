@@ -1,10 +1,15 @@
 """The tokenizer of a model folder, its chat format, and the first thing in which two of them differ."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from npd_ascend.errors import UserError
 from npd_ascend.pangu_tokenizer import PanguTokenizer, is_pangu, read_json, split_thinking
+
+# what a vocabulary does not show: merges, normalisation, spaces, digits
+_SAMPLE = "What is 12,345 + 6.7?\n\tDéjà vu: naïve 数学 🙂 don't  stop"
 
 
 class ChatTokenizer:
@@ -88,6 +93,12 @@ class ChatTokenizer:
         if self.encode_prompt("x") != other.encode_prompt("x"):
             return f"the chat templates of {self.folder} and {other.folder} render differently"
         return None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary, the end token, the chat format and how a mixed text is cut."""
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        parts = [vocabulary, self.eos_id, self.encode_prompt(_SAMPLE), self.encode_answer(_SAMPLE)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _render(self, text: str, *, header: bool) -> str:
         return self.render([{"role": "user", "content": text}], header=header)

@@ -1,6 +1,7 @@
-"""Canaries: the trainer's log-probs of fixed tokens, and generators that do and do not have its weights."""
+"""Canaries: fixed tokens by trainer and generator, and one tokenizer for all of a run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -108,3 +109,32 @@ def test_a_generator_with_other_weights_ends_the_run_before_it_generates(tmp_pat
     assert main(["rollout", "--run", str(run)]) == 0
     (canary,) = [row["rollout/canary"] for row in read_metrics(run) if "rollout/canary" in row]
     assert canary < 1e-4
+
+
+def swap_digits(folder):
+    """4 and 5 change their ids, in the tokenizer alone."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["4"], vocabulary["5"] = vocabulary["5"], vocabulary["4"]
+    file.write_text(json.dumps(tokenizer))
+
+
+def test_another_tokenizer_than_the_runs_ends_whoever_finds_it(tmp_path, capsys):
+    run, models = tmp_path / "run", tmp_path / "models"
+    shutil.copytree(CONFIGS / "addition", models)
+    settings = ["data.gold.count=40", "data.prompts.count=20", "data.heldout.count=10", "sft.epochs=1"]
+    settings += [f"student.path={models / 'student'}", f"teacher.path={models / 'teacher'}", "device.threads=1"]
+    assert main(["sft", "--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={run}", *settings]) == 0
+    swap_digits(models / "student")
+    for stage in ("rollout", "score", "distill"):
+        assert main([stage, "--run", str(run)]) == 2
+        assert "its tokenizer is not the one that this run began with" in capsys.readouterr().err
+    assert not (run / "stream" / "manifest.jsonl").exists()
+    swap_digits(models / "student")
+    assert main(["rollout", "--run", str(run)]) == 0
+    swap_digits(models / "teacher")
+    assert main(["score", "--run", str(run)]) == 2
+    assert "teacher and student do not share a vocabulary: token '4' is" in capsys.readouterr().err
+    swap_digits(models / "teacher")
+    assert main(["score", "--run", str(run)]) == 0

@@ -26,7 +26,7 @@ def run_evaluations(run: RunFolder) -> dict[str, dict]:
     and the file is an empty object.
     """
     done = json.loads(run.evaluations.read_text()) if run.evaluations.exists() else {}
-    tokenizer = ChatTokenizer(run.config.student.path)
+    tokenizer = run.tokenizer()
     heldout = read_heldout(run.config, tokenizer, run.config.evaluate.max_new_tokens)
     prompts = [prompt for prompt in heldout if prompt.answer is not None]
     for name in models(run) if prompts else []:

@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 
 def run_rewards(run: RunFolder) -> None:
     """Commit every missing shard of rewards; nothing to do is a quick no."""
-    part, grpo, tokenizer = run.for_grpo(), run.config.grpo, ChatTokenizer(run.config.student.path)
+    part, grpo = run.for_grpo(), run.config.grpo
+    tokenizer = part.tokenizer()
     check_installed(grpo.rewards)
     pacing, committed = open_grpo_pacing(run.config, tokenizer), part.stream.shards("rewards")
     missing = [shard for shard in pacing.order if shard not in committed]

@@ -37,7 +37,7 @@ def run_rollouts(run: RunFolder, number: int, worker: int | None) -> None:
     worker: makes its share among config.processes.rollout of them; None makes all.
     """
     run.needs_npd()
-    tokenizer = ChatTokenizer(run.config.student.path)
+    tokenizer = run.tokenizer()
     shards = wanted_shards(run.config, tokenizer, number)
     committed, version = run.stream.entries("rollouts", number), run.config.npd.generator_of(number)
     mine = share(range(len(shards)), worker, run.config.processes.rollout)
@@ -54,13 +54,14 @@ def run_rollouts(run: RunFolder, number: int, worker: int | None) -> None:
 def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
     """The schedule with npd.stream: every missing shard, each with the newest weights as soon as it may begin."""
     run.needs_npd()
-    tokenizer = ChatTokenizer(run.config.student.path)
+    tokenizer = run.tokenizer()
     _make_live(run, worker, tokenizer, open_pacing(run.config, tokenizer), "rollout")
 
 
 def run_grpo_rollouts(run: RunFolder, worker: int | None) -> None:
     """The same for GRPO: the groups of a step as soon as the weights are there that may answer them."""
-    part, tokenizer = run.for_grpo(), ChatTokenizer(run.config.student.path)
+    part = run.for_grpo()
+    tokenizer = part.tokenizer()
     _make_live(part, worker, tokenizer, open_grpo_pacing(run.config, tokenizer), "grpo-rollout")
 
 

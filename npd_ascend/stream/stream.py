@@ -37,6 +37,7 @@ class Stream:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.manifest = self.folder / "manifest.jsonl"
+        self.tokenizer = self.folder / "tokenizer.txt"  # fingerprint of the tokenizer that the token ids are of
         self._entries: dict[tuple[str, int, int], Entry] = {}
         self._read_to = 0  # bytes of the manifest that _entries come from
 

@@ -36,7 +36,7 @@ def run_scoring(run: RunFolder, number: int, worker: int | None) -> None:
     if run.stream.is_decided(number):
         return
     entries, committed = run.stream.entries("rollouts", number), run.stream.entries("scores", number)
-    tokenizer = ChatTokenizer(run.config.student.path)
+    tokenizer = run.tokenizer()
     expected = len(wanted_shards(run.config, tokenizer, number))
     if run.config.npd.overlap:  # they are being generated beside
         is_generated = partial(_is_generated, run, number, expected)
@@ -71,7 +71,7 @@ def run_live_scoring(run: RunFolder, worker: int | None) -> None:
     What a set is for the filters (a duplicate, a quantile of Δ-IFD) is then the shard.
     """
     run.needs_npd()
-    tokenizer = ChatTokenizer(run.config.student.path)
+    tokenizer = run.tokenizer()
     pacing = open_pacing(run.config, tokenizer)
     mine = share(pacing.order, worker, run.config.processes.teacher)
     missing, total, done = left_of(mine, run.stream.shards("decisions"), pacing.shards)
@@ -156,6 +156,7 @@ class Reader:
     def _load(self, version: int) -> None:
         config = self._run.config
         if self._teacher is None:
+            check_vocabularies(config, self._tokenizer)  # the check before the run saw the files of that moment
             self._teacher = load_teacher(config)
             check_teacher(
                 self._teacher,
@@ -238,3 +239,18 @@ def _load(config: Config, folder: Path, dtype: str) -> Decoder:
 def shared_vocab_size(config: Config) -> int:
     """Rows of the head that both models have. What one pads beyond them stands for no token."""
     return min(read_config(config.teacher.path).vocab_size, read_config(config.student.path).vocab_size)
+
+
+def check_vocabularies(config: Config, tokenizer: ChatTokenizer) -> None:
+    """UserError if a token id is not the same token for teacher and student."""
+    if difference := tokenizer.difference(ChatTokenizer(config.teacher.path)):
+        raise UserError(
+            f"teacher and student do not share a vocabulary: {difference}; "
+            f"top-k targets would name other tokens, so choose models with one tokenizer"
+        )
+    for folder in (config.teacher.path, config.student.path):
+        if read_config(folder).vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"{folder}/config.json: vocab_size={read_config(folder).vocab_size} is smaller than the "
+                f"tokenizer's {tokenizer.vocab_size} tokens"
+            )

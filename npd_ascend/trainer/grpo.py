@@ -13,7 +13,6 @@ from npd_ascend.pacing import open_grpo_pacing
 from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.records import Reward, Rollout, Sample
 from npd_ascend.runfolder import RunFolder
-from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.heldout import Heldout
 from npd_ascend.trainer.live import LiveStage, LiveTrainer, train_all
 from npd_ascend.trainer.objectives import grpo_objective
@@ -38,7 +37,7 @@ def train_grpo(run: RunFolder, mesh: Mesh) -> None:
 
 def grpo_stage(run: RunFolder) -> LiveStage:
     config = run.config
-    pacing = open_grpo_pacing(config, ChatTokenizer(config.student.path))
+    pacing = open_grpo_pacing(config, run.tokenizer())
     problems = {prompt.prompt_id for shard in pacing.shards for prompt, _ in shard}
     return LiveStage(
         name="grpo",

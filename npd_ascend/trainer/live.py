@@ -29,7 +29,6 @@ from npd_ascend.progress import progress
 from npd_ascend.records import Rollout, Sample
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.status import Status
-from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.heldout import Heldout, drift_sum, make_generated
 from npd_ascend.trainer.loop import Training
 from npd_ascend.trainer.objectives import Objective, npd_objective
@@ -78,7 +77,7 @@ def npd_stage(run: RunFolder) -> LiveStage:
         awaited="decisions",
         config=config.npd,
         objective=npd_objective(config),
-        pacing=open_pacing(config, ChatTokenizer(config.student.path)),
+        pacing=open_pacing(config, run.tokenizer()),
         epochs=config.npd.epochs,
     )
 

@@ -7,7 +7,6 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.runfolder import RunFolder
-from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.grpo import train_grpo
 from npd_ascend.trainer.live import train_live
 from npd_ascend.trainer.loop import fit
@@ -33,7 +32,7 @@ def _sft(run: RunFolder, mesh: Mesh) -> None:
         raise UserError(f"{run.path}/config.yaml: no sft section, so there is no SFT to run")
     if run.has_trained("sft") or run.student.exists():
         return
-    tokenizer = ChatTokenizer(config.student.path)
+    tokenizer = run.tokenizer()
     samples = gold_samples(config, tokenizer)
     model = start_student(config, mesh)
     objective = Objective(normalise=config.sft.normalise, loss_impl=config.kernels.loss)
@@ -72,6 +71,7 @@ def run_grpo(run: RunFolder) -> None:
 
 
 def _distill(run: RunFolder, mesh: Mesh) -> None:
+    run.tokenizer()  # compared with the stream's before anything is trained on its ids
     config = run.config
     plan = config.npd.phases
     for phase in plan:

@@ -14,7 +14,6 @@ from npd_ascend.parallel.mesh import ALONE, Mesh, open_mesh
 from npd_ascend.parallel.plan import cut_model
 from npd_ascend.prompts import read_heldout
 from npd_ascend.runfolder import RunFolder
-from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.canary import make_probes
 from npd_ascend.weights.export import export
 
@@ -56,7 +55,7 @@ def open_ranks(config: Config) -> Iterator[Mesh]:
 def publish(run: RunFolder, version: int, model: Decoder, mesh: Mesh, *, step: int = 0) -> None:
     """Make the weights `version`, with a canary; step: of NPD. Called by all ranks."""
     config = run.config
-    prompts = read_heldout(config, ChatTokenizer(config.student.path), config.rollout.max_new_tokens)
+    prompts = read_heldout(config, run.tokenizer(), config.rollout.max_new_tokens)
     probes = make_probes(model, prompts, config.kernels.loss, mesh)
     run.weights.publish(version, model, config.student.path, probes, mesh, step=step)
 
