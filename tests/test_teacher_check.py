@@ -1,11 +1,20 @@
-"""What the teacher says of rollouts, looked at before it is trained on."""
+"""What the teacher says of reference answers and of rollouts, looked at before it is trained on."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from conftest import CONFIGS
 
 from npd_ascend.errors import UserError
-from npd_ascend.records import Score
-from npd_ascend.teacher.check import check_scores
+from npd_ascend.model.load import load_decoder
+from npd_ascend.records import Prompt, Score
+from npd_ascend.teacher.check import check_scores, check_teacher
+from npd_ascend.teacher.local import LocalScorer
+from npd_ascend.tokenizer import ChatTokenizer
+
+TEACHER = CONFIGS / "addition" / "teacher"
 
 
 def _score(number: int, **changed: object) -> Score:
@@ -46,3 +55,33 @@ def test_a_teacher_near_uniform_is_refused():
     check_scores([_score(0, teacher_entropy=4.1)], 100, "teacher")  # ln(100) is 4.605
     with pytest.raises(UserError, match=r"entropy on 1 rollouts is 4\.20 nats/token"):
         check_scores([_score(0, teacher_entropy=4.2)], 100, "teacher")
+
+
+class Mixing(LocalScorer):
+    """Samples of one pack see each other: what a forgotten boundary would do, in one number."""
+
+    def score(self, rows, *, top_k, pack_tokens):
+        together = pack_tokens > 1
+        scores = super().score(rows, top_k=top_k, pack_tokens=pack_tokens)
+        return [
+            replace(score, logprob_A=score.logprob_A - 0.01 * (i > 0 and together)) for i, score in enumerate(scores)
+        ]
+
+
+def ask(kind: type[LocalScorer]) -> str:
+    tokenizer = ChatTokenizer(TEACHER)
+    sums = [(a, 1000 - a - 7) for a in range(100, 110)]
+    prompts = [
+        Prompt(prompt_id=f"{a}", text="", token_ids=tokenizer.encode_prompt(f"{a}+{b}"), answer=str(a + b))
+        for a, b in sums
+    ]
+    scorer = kind(load_decoder(TEACHER, dtype=torch.float32, device=torch.device("cpu")), tokenizer.vocab_size)
+    return check_teacher(
+        scorer, prompts, tokenizer, dtype="float32", vocab_size=tokenizer.vocab_size, pack_tokens=256, name="teacher"
+    )
+
+
+def test_a_teacher_that_disagrees_with_itself_is_refused():
+    assert "nats/token on 10 reference answers" in ask(LocalScorer)
+    with pytest.raises(UserError, match=r"disagrees with itself by 0\.01 nats between two packings"):
+        ask(Mixing)
