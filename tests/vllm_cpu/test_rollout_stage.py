@@ -11,8 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import CONFIGS
 
+from npd_ascend.config import load_config
+from npd_ascend.errors import UserError
+from npd_ascend.parallel.mesh import ALONE
+from npd_ascend.prompts import wanted_shards
+from npd_ascend.runfolder import open_run
 from npd_ascend.stream import Stream
 from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.student import load_student, publish
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed; launch/test.sh runs this in an environment of its own", allow_module_level=True)
@@ -76,3 +82,39 @@ def test_a_shard_made_again_by_another_process_has_the_same_bits(folders, tmp_pa
     manifest.write_text(lines[0])  # as if killed before the second was committed
     rollout("--run", str(again))
     assert json.loads(manifest.read_text().splitlines()[1]) == json.loads(lines[1])  # its checksum too
+
+
+def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_path, monkeypatch):
+    """Questions longer than a block of keys, so that there is something in the cache to outlive them."""
+    from npd_ascend.rollout import vllm_engine
+    from npd_ascend.rollout.worker import open_maker
+
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(
+        "".join(json.dumps({"prompt": f"{n}+" * 60 + "1", "answer": "1"}) + "\n" for n in range(100, 104))
+    )
+    asked = f"{{kind: jsonl, path: {questions}}}"
+    settings = [
+        *SETTINGS[:3],
+        "device.threads=1",
+        f"data.prompts={asked}",
+        f"data.heldout={asked}",
+        "rollout.batch_size=4",
+    ]
+    settings += [f"run.folder={tmp_path / 'run'}", "rollout.engine=vllm", "rollout.kv_cache_gib=0.05"]
+    run = open_run(load_config(CONFIGS / "addition_cpu.yaml", settings))
+    other = load_student(run.config, None, ALONE)  # random weights
+    publish(run, 1, other, ALONE)
+    tokenizer = run.tokenizer()
+    shards = wanted_shards(run.config, tokenizer, 0)
+    with open_maker(run, tokenizer, shards, "rollout", None) as maker:
+        maker.make(0, 0, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(vllm_engine, "reset_prefix_cache", lambda llm: None)
+            with pytest.raises(UserError, match="canary: the generator does not have these weights"):
+                maker.make(1, 1, 1)
+        assert len(run.stream.shards("rollouts")) == 1
+    with open_maker(run, tokenizer, shards, "rollout", None) as maker:
+        maker.make(0, 0, 0)
+        maker.make(1, 1, 1)
+    assert len(run.stream.shards("rollouts")) == 2
