@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _POLL_S = 0.1
-_SAY_S = 60
+_SAY_S = 20
 _log = logging.getLogger(__name__)
 
 
@@ -24,8 +24,8 @@ class Heartbeat:
         self._worked = self._said = time.monotonic()
 
     def wait(self, ready: Callable[[], bool], what: str, at_most_s: float = math.inf) -> float:
-        """Return when `ready` is true or the time is up: the seconds that took. `what`: said in the log every minute
-        without work."""
+        """Return when `ready` is true or the time is up: the seconds that took. `what`: said in the log every
+        20 seconds without work."""
         started = time.monotonic()
         while not ready() and time.monotonic() - started < at_most_s:
             self.path.touch()

@@ -90,6 +90,8 @@ def test_a_live_run_leaves_all_it_promises(reference):
     page = (reference / "report.html").read_text()
     assert "Lag of the generator" in page
     assert "Who worked and who waited" in page
+    assert "What new weights cost" in page
+    assert [part["count"] for part in summary["sync"]] == [4, pytest.approx(8, abs=4)]
     assert [path.name for path in sorted((reference / "weights").iterdir())] == ["v0", "v3", "v4"]
 
 
@@ -223,22 +225,32 @@ def stop(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def test_processes_that_hang_are_started_again(start_long, tmp_path):
-    process = start_long(tmp_path / "run", "processes.timeout_s=25")
+def test_what_hangs_is_started_again_and_nothing_is_lost(soak, start_long, tmp_path):
+    """First the workers; then the trainer, behind which the stream fills up until the generator may not begin more."""
+    folder = tmp_path / "run"
+    process = start_long(folder, "processes.timeout_s=45", "data.prompts.count=1500")
     try:
         hung = {role: pid for role, pid in children(process.pid).items() if role != "distill"}
         for pid in hung.values():
             os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: all(children(process.pid).get(role, pid) != pid for role, pid in hung.items()))
-        packs = tmp_path / "run" / "stream" / "packs.jsonl"
-        before = packs.read_text().count("\n")
-        wait_for(lambda: packs.read_text().count("\n") > before + 4)
+        trainer = children(process.pid)["distill"]
+        os.kill(trainer, signal.SIGSTOP)
+        stream, log = Stream(folder / "stream"), folder / "logs" / "rollout.log"
+        wait_for(lambda: "waiting for the trainer to reach shard" in log.read_text())
+        generated = len(stream.shards("rollouts"))
+        time.sleep(2)
+        assert len(stream.shards("rollouts")) == generated
+        assert children(process.pid)["distill"] == trainer
+        _, said = process.communicate(timeout=400)
     finally:
         stop(process)
-    said = (tmp_path / "run" / "logs" / "run.log").read_text()
-    for role in ("rollout", "score"):
+    assert process.returncode == 0, said
+    said = (folder / "logs" / "run.log").read_text()
+    for role in ("rollout", "score", "distill"):
         assert f"npd {role} gave no sign of life for" in said
         assert f"npd {role} was killed by SIGKILL; restart 1 of 5" in said
+    assert soak.check(folder) == []
 
 
 def test_a_process_that_never_stays_alive_ends_the_run(start_long, tmp_path):
