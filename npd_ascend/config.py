@@ -74,8 +74,9 @@ class ProcessConfig(Section):
     timeout_s: int = Field(600, ge=1)  # without a sign of life; more than a shard takes
     # HOST:PORT of a Ray cluster on which the workers are placed; none: all on this host
     ray: str | None = Field(None, pattern=r"^[^:\s]+:\d+$")
-    rollout_needs: dict[str, Annotated[float, Field(gt=0)]] = Field({"CPU": 1})  # resources of Ray that a worker takes
-    teacher_needs: dict[str, Annotated[float, Field(gt=0)]] = Field({"CPU": 1})
+    # resources of Ray that a worker takes; none: {NPU: 1}, with device.kind=cpu {CPU: 1}
+    rollout_needs: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    teacher_needs: dict[str, Annotated[float, Field(gt=0)]] | None = None
 
 
 class StudentConfig(Section):
@@ -244,6 +245,11 @@ class Config(Section):
         if self.filters.tau_mode == "quantile" and (self.filters.tau or 0) > 1:
             raise ValueError(f"filters.tau={self.filters.tau} is no quantile; it must lie between 0 and 1")
         return self
+
+    def ray_needs(self, role: Literal["rollout", "teacher"]) -> dict[str, float]:
+        """What a worker takes of a Ray cluster."""
+        chosen = self.processes.rollout_needs if role == "rollout" else self.processes.teacher_needs
+        return chosen or {"CPU" if self.device.kind == "cpu" else "NPU": 1.0}
 
     def _grpo_fits(self, grpo: GrpoConfig) -> None:
         rollout = self.rollout

@@ -66,9 +66,9 @@ def recipe(config: Config) -> list[list[Process]]:
 def _workers(config: Config, role: str, arguments: tuple[str, ...] = ()) -> list[Process]:
     processes = config.processes
     if role.endswith("rollout"):
-        count, needs = processes.rollout, processes.rollout_needs
+        count, needs = processes.rollout, config.ray_needs("rollout")
     else:
-        count, needs = processes.teacher, processes.teacher_needs
+        count, needs = processes.teacher, config.ray_needs("teacher")
     if count == 1:
         return [Process(name=role, arguments=(role, *arguments), watched=True, needs=needs)]
     return [

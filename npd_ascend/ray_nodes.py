@@ -7,6 +7,7 @@ resource NPU). Whether and how often a process is started again is decided where
 import logging
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from npd_ascend.config import Config
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
+from npd_ascend.placement import recipe
 
 _CRASHED = 1
 _KILL_S = 10
@@ -77,16 +79,18 @@ def join_cluster(config: Config) -> None:
             f"with launch/npd_ray.sh, or leave the key out"
         ) from None
     there = ray.cluster_resources()
-    for role, needs, count in (
-        ("rollout", processes.rollout_needs, processes.rollout),
-        ("teacher", processes.teacher_needs, processes.teacher),
-    ):
-        for resource, amount in needs.items():
+    for group in recipe(config):
+        wanted: Counter[str] = Counter()
+        for process in group:
+            wanted.update(process.needs or {})
+        for resource, amount in wanted.items():
             have = there.get(resource, 0)
-            if have < amount * count:
+            if have < amount:  # the last of them would wait for ever
+                names = ", ".join(process.name for process in group if resource in (process.needs or {}))
                 raise UserError(
-                    f"processes.{role}={count} with {amount:g} {resource} each, but the Ray cluster at {processes.ray} "
-                    f"has {have:g} {resource} in all; add nodes, or lower processes.{role} or processes.{role}_needs"
+                    f"{names} take {amount:g} {resource} side by side, but the Ray cluster at {processes.ray} has "
+                    f"{have:g} {resource} in all; add nodes, or lower processes.rollout, processes.teacher or what "
+                    f"each of them needs (processes.rollout_needs, processes.teacher_needs)"
                 )
 
 

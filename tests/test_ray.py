@@ -19,10 +19,11 @@ BIN = Path(sys.executable).parent
 
 
 class Node:
-    """`ray start` in a process group of its own; its processes die with it."""
+    """`ray start` in a process group of its own; its processes die with it. cards: that it sees, where that is said."""
 
-    def __init__(self, folder: Path, *options: str):
+    def __init__(self, folder: Path, *options: str, cards: str | None = None):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= {"ASCEND_RT_VISIBLE_DEVICES": cards} if cards else {}
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2", *options]
         self._log = folder / f"ray{len(list(folder.glob('ray*.log')))}.log"
         with self._log.open("w") as output:
@@ -48,13 +49,13 @@ def cluster(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     nodes = []
 
-    def add(*options: str) -> Node:
-        nodes.append(Node(tmp_path, "--node-ip-address=127.0.0.1", *options))
+    def add(*options: str, cards: str | None = None) -> Node:
+        nodes.append(Node(tmp_path, "--node-ip-address=127.0.0.1", *options, cards=cards))
         wait_for(nodes[-1].up)
         return nodes[-1]
 
     add("--head", f"--port={address.split(':')[1]}", "--include-dashboard=false", '--resources={"room": 1}')
-    yield address, lambda *options: add(f"--address={address}", *options)
+    yield address, lambda *options, cards=None: add(f"--address={address}", *options, cards=cards)
     for node in reversed(nodes):
         node.kill()
 
@@ -80,6 +81,32 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
     assert process.returncode == 0, said
     assert "crashed with exit code 1; restart 1 of 5" in log.read_text()
     assert soak.check(tmp_path / "run") == []
+
+
+ASK_FOR_CARDS = """
+import sys
+from pathlib import Path
+from npd_ascend.config import load_config
+from npd_ascend.ray_nodes import RayProcess, join_cluster
+
+config = load_config(Path(sys.argv[1]), sys.argv[3:])
+join_cluster(config)
+logs = [Path(sys.argv[2]) / name for name in "ab"]
+command = ["sh", "-c", "echo $ASCEND_RT_VISIBLE_DEVICES; sleep 5"]
+both = [RayProcess(command, log, config.ray_needs("rollout")) for log in logs]
+codes = [process.wait() or process.poll() for process in both]
+print(codes, sorted(log.read_text().strip() for log in logs))
+"""
+
+
+def test_workers_get_cards_that_the_trainer_leaves(cluster, tmp_path):
+    """By Ray, on a node started as with NPD_RAY_CARDS=6,7. There are no cards behind the numbers."""
+    address, add = cluster
+    add('--resources={"NPU": 2}', cards="6,7")
+    config = [str(ROOT / "configs" / "addition_cpu.yaml"), str(tmp_path), "device.kind=npu", "processes.rollout=2"]
+    config += [f"processes.ray={address}", "processes.teacher_needs={CPU: 1}"]
+    done = subprocess.run([sys.executable, "-c", ASK_FOR_CARDS, *config], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[0, 0] ['6', '7']", done.stderr
 
 
 def marked(mark: str) -> set[int]:
@@ -115,6 +142,7 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
         port = free.getsockname()[1]
     mark = f"NPD_TEST_MARK={tmp_path}"
     environment = os.environ | dict([mark.split("=", 1)]) | {"NPD_RAY_PORT": str(port), "NPD_RAY_NODE": "--num-cpus=2"}
+    environment["NPD_DEVICE"] = "cpu"
     environment.pop("NPD_RAY_HOST", None)
     process = subprocess.Popen(["bash", "launch/npd_ray.sh", "head"], cwd=tmp_path, env=environment)
     try:
@@ -136,7 +164,8 @@ def test_a_cluster_without_room_and_one_that_is_not_there_are_refused(cluster, t
         tmp_path / "run", ONE_BEHIND, f"processes={{rollout: 2, rollout_needs: {{room: 1}}, ray: '{cluster[0]}'}}"
     )
     assert done.returncode == 2
-    assert "processes.rollout=2 with 1 room each, but the Ray cluster at" in done.stderr.splitlines()[-1]
+    said = done.stderr.splitlines()[-1]
+    assert "rollout-0, rollout-1 take 2 room side by side, but the Ray cluster at" in said
     started = time.monotonic()
     done = whole_run(tmp_path / "run", ONE_BEHIND, "processes={ray: '127.0.0.1:1'}")
     assert done.returncode == 2
