@@ -1,28 +1,31 @@
 # Sourced by what runs on Ascend NPUs:  . launch/env_ascend.sh
 # Every variable with its reason; their public sources stand in docs/ascend.md. What is set already stays as it is.
+# With _npd_dry CANN is not looked for, and the variables are printed: for --dry-run.
 
-# CANN's own environment: libraries, ASCEND_HOME_PATH, the operators' compiler. ASCEND_INSTALL: where it was installed.
-_install=${ASCEND_INSTALL:-/usr/local/Ascend}
-_found=
-for _script in "$_install/cann/set_env.sh" "$_install/ascend-toolkit/set_env.sh"; do
-  if [ -e "$_script" ]; then
-    _found=$_script
-    break
+if [ -z "${_npd_dry:-}" ]; then
+  # CANN's own environment: libraries, ASCEND_HOME_PATH, the operators' compiler. ASCEND_INSTALL: where it was installed.
+  _install=${ASCEND_INSTALL:-/usr/local/Ascend}
+  _found=
+  for _script in "$_install/cann/set_env.sh" "$_install/ascend-toolkit/set_env.sh"; do
+    if [ -e "$_script" ]; then
+      _found=$_script
+      break
+    fi
+  done
+  if [ -z "$_found" ]; then
+    echo "launch/env_ascend.sh: no set_env.sh of CANN under $_install; install CANN (docs/ascend.md) or set ASCEND_INSTALL" >&2
+    return 2
   fi
-done
-if [ -z "$_found" ]; then
-  echo "launch/env_ascend.sh: no set_env.sh of CANN under $_install; install CANN (docs/ascend.md) or set ASCEND_INSTALL" >&2
-  return 2
+  # these scripts read variables that may not be set, and test things that may fail
+  _options=$-
+  set +eu
+  . "$_found"
+  # libatb.so, which vllm-ascend needs
+  [ -e "$_install/nnal/atb/set_env.sh" ] && . "$_install/nnal/atb/set_env.sh"
+  case $_options in *e*) set -e ;; esac
+  case $_options in *u*) set -u ;; esac
+  unset _install _found _script _options
 fi
-# these scripts read variables that may not be set, and test things that may fail
-_options=$-
-set +eu
-. "$_found"
-# libatb.so, which vllm-ascend needs
-[ -e "$_install/nnal/atb/set_env.sh" ] && . "$_install/nnal/atb/set_env.sh"
-case $_options in *e*) set -e ;; esac
-case $_options in *u*) set -u ;; esac
-unset _install _found _script _options
 
 # `import torch` would import torch_npu by itself and die of a missing CANN before anyone could say so in one line.
 export TORCH_DEVICE_BACKEND_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-0}
@@ -56,3 +59,11 @@ export HCCL_DETERMINISTIC=${HCCL_DETERMINISTIC:-false}
 
 # Weights are replaced in place after a refresh; in the NPU's own block format (FRACTAL_NZ) they could not be.
 export VLLM_ASCEND_ENABLE_NZ=${VLLM_ASCEND_ENABLE_NZ:-0}
+
+if [ -n "${_npd_dry:-}" ]; then
+  echo "in every environment, after CANN's own set_env.sh (launch/env_ascend.sh):"
+  for _name in $(grep -oE 'export [A-Z_]+=' launch/env_ascend.sh | grep -oE '[A-Z_]{2,}'); do
+    [ -z "${!_name:-}" ] || echo "   $_name=${!_name}"
+  done
+  unset _name
+fi

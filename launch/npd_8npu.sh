@@ -16,7 +16,7 @@ set -- "${arguments[@]}"
 case ${NPD_DEVICE:-npu} in
   npu)
     config=${NPD_CONFIG:-configs/openpangu_1b_8npu.yaml}
-    if [ -z "$dry" ]; then . launch/env_ascend.sh; fi
+    _npd_dry=$dry . launch/env_ascend.sh
     npd=("${PYTHON:-python3}" -m npd_ascend)
     export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
     ;;

@@ -25,7 +25,7 @@ if [ "${1:-}" = --dry-run ]; then
 fi
 case ${NPD_DEVICE:-npu} in
   npu)
-    if [ -z "$dry" ]; then . launch/env_ascend.sh; fi
+    _npd_dry=$dry . launch/env_ascend.sh
     npd=("${PYTHON:-python3}" -m npd_ascend)
     export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
     ;;

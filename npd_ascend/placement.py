@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from npd_ascend.config import Config
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import ranks_of
-from npd_ascend.ranks import Node, card_environment, this_node, visible_cards
+from npd_ascend.ranks import (
+    Node,
+    card_environment,
+    node_rank_environment,
+    rank_environment,
+    this_node,
+    visible_cards,
+)
 from npd_ascend.runfolder import worker_name
 
 TRAINERS = ("sft", "distill", "grpo")  # processes that have the trainer's ranks
@@ -171,10 +178,21 @@ def _listing(config: Config, node: Node) -> list[str]:
         for process in group:
             words = [f"{key}={value}" for key, value in placed[process.name].items()]
             words += ["npd", *process.command(config)[3:]]
-            more = ""
-            if process.name in TRAINERS and world_size > 1:
-                ranks = ranks_of(node, world_size)
-                more = f"   ({world_size} ranks)" if node.count == 1 else f"   (ranks {ranks[0]} to {ranks[-1]})"
             where = f"   (on a node with {dict(process.needs)})" if config.processes.ray and process.needs else ""
-            lines.append(f"   {process.name:<12}{' '.join(words)}{more}{where}")
+            lines.append(f"   {process.name:<12}{' '.join(words)}{where}")
+            if process.name in TRAINERS and world_size > 1:
+                lines += _rank_lines(node, world_size)
+    return lines
+
+
+def _rank_lines(node: Node, world_size: int) -> list[str]:
+    """What a trainer starts for each of its ranks; where they meet is known when they are started."""
+    lines = []
+    for rank in ranks_of(node, world_size):
+        if node.count == 1:
+            environment = rank_environment(rank, world_size, "file:///tmp/npd-ranks-…/store")
+        else:
+            environment = node_rank_environment(node, rank, world_size, 1)
+        said = " ".join(f"{key}={value}" for key, value in environment.items())
+        lines.append(f"      rank {rank:<4} {said}")
     return lines

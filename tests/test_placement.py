@@ -99,7 +99,8 @@ def test_the_listing_is_what_would_be_started():
     for group in recipe(config):
         for process in group:
             assert " ".join(["npd", *process.command(config)[3:]]) in text
-    assert "(4 ranks)" in text
+    for rank in range(4):
+        assert f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=4 NPD_RENDEZVOUS=file://" in text
 
 
 @pytest.mark.parametrize(
@@ -114,8 +115,12 @@ def test_the_launch_script_says_what_it_would_start_on_a_machine_without_cards(m
     }
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, check=False)
     assert done.returncode == 0, done.stderr
+    assert "   HCCL_BUFFSIZE=256\n" in done.stdout
+    assert "   VLLM_ASCEND_ENABLE_NZ=0\n" in done.stdout
     cards = [
-        line.split("ASCEND_RT_VISIBLE_DEVICES=")[1].split()[0] for line in done.stdout.splitlines() if "ASCEND" in line
+        line.split("ASCEND_RT_VISIBLE_DEVICES=")[1].split()[0]
+        for line in done.stdout.splitlines()
+        if "_RT_VISIBLE" in line
     ]
     if more:
         assert cards == ["0,1,2,3", "4", "5", "6", "7", "0"]
