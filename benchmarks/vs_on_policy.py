@@ -5,8 +5,9 @@
 
 The teacher folder is made by launch/smollm2_cpu.sh, the interpreter for TRL with requirements-vs-on-policy.txt,
 QUESTIONS has "question" and "answer" in each line (GSM8K). Short rows measure rates and where time goes; then the
-fastest of TRL with float32 weights and with bfloat16 ones, which have no masters there, the fastest synchronous row of
-ours, the fastest NPD, and NPD's schedule with the dense divergence race to the same held-out divergence.
+fastest of TRL with bfloat16 weights, which have no masters there, and with float32 ones, the fastest synchronous row
+of ours, the fastest NPD, and NPD's schedule with the teacher's tail and with the dense divergence race to the same
+held-out divergence, each for as many gradient passes; TRL's fastest does so at a second learning rate too.
 
 A row that is in FOLDER/rows.jsonl is not measured again, so the same command goes on where it was stopped.
 """
@@ -21,7 +22,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from on_policy.rows import EPOCHS_PER_SET, PAIRS, QUICK, Pair, Row, our_rows, trl_rows
+from on_policy.rows import PAIRS, QUICK, Pair, Row, our_rows, trl_rows
 from on_policy.tables import bounds_table, draw, race_table, rows_table
 
 HERE, ROOT = Path(__file__).parent / "on_policy", Path(__file__).parent.parent
@@ -45,18 +46,21 @@ class Comparison:
         self._once(START, lambda: {"kl": self._ask("ground.py", "evaluate", weights=[str(self.student)])["kl"][0]})
         trl, ours = trl_rows(self.pair.batch), our_rows(self.pair.batch)
         if self.args.quick:  # every kind of path once
-            trl, ours = trl[::4], [ours[i] for i in (0, 3, 7, 8, 9)]
+            trl, ours = trl[::4], [ours[i] for i in (0, 3, 8, 10, 11)]
         for row in (*trl, *ours):
-            self._once(row.name, lambda row=row: self._measure(row, race=False))
+            self._once(row.name, lambda row=row: self._measure(row, self.pair.lr, race=False))
+        opponent = self._fastest([row for row in trl if row.dtype == "bfloat16"])
         contestants = [
-            self._fastest([row for row in trl if row.dtype != "bfloat16"]),
-            self._fastest([row for row in trl if row.dtype == "bfloat16"]),
+            opponent,
+            *ours[-2:],  # the same schedule with the teacher's tail, and on the divergence that is measured
             self._fastest([row for row in ours if row.synchronous]),
             self._fastest([row for row in ours if row.settings["filtered"] and row.settings["loss"] == "topk"]),
-            *ours[-2:],  # the same schedule with the teacher's tail, and on the divergence that is measured
+            self._fastest([row for row in trl if row.dtype != "bfloat16"]),
         ]
-        for row in contestants:
-            self._once(f"race: {row.name}", lambda row=row: self._measure(row, race=True))
+        lr = self.pair.lr
+        for row, rate in [(opponent, lr / 3), *((row, lr) for row in contestants)]:
+            name = f"race: {row.name}, lr {rate:.2g}"
+            self._once(name, lambda row=row, rate=rate: self._measure(row, rate, race=True))
 
     def rows(self) -> dict[str, dict]:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
@@ -109,7 +113,7 @@ class Comparison:
             },
         }
 
-    def _measure(self, row: Row, *, race: bool) -> dict:
+    def _measure(self, row: Row, lr: float, *, race: bool) -> dict:
         pair = self.pair
         prompts = json.loads((self.folder / "prompts.json").read_text())
         if not (race or row.synchronous):
@@ -117,16 +121,17 @@ class Comparison:
         file = self.folder / "prompts-of-row.json"
         file.write_text(json.dumps(prompts))
         whole = 10 * pair.prompts
-        sets = 10**6 if row.synchronous else (10 // EPOCHS_PER_SET if race else 1)
+        sets = 10**6 if row.sets is None else row.sets if race else 1
         result = self._ask(
             "with_npd.py" if row.trainer is None else "with_trl.py",
             prompts=str(file),
             trainer=row.trainer,
             dtype=row.dtype,
             settings=row.settings,
+            lr=lr,
             sets=sets,
             passes=whole if row.synchronous else 10**9,
-            seconds=(pair.race_s if race else pair.short_s) if row.synchronous else 10**9,
+            seconds=pair.short_s if row.synchronous and not race else 10**9,
             save_every=max(pair.batch, whole // 8) if race else 10**9,
         )
         if not result["passes"]:
@@ -136,7 +141,7 @@ class Comparison:
             shutil.rmtree(saved.pop("weights"))
             saved["kl"] = kl
         told = {"dtype": row.dtype, "synchronous": row.synchronous, "trainer": row.trainer, "settings": row.settings}
-        return result | told | {"lr": pair.lr}
+        return result | told | {"lr": lr}
 
     def _ask(self, script: str, *words: str, **job) -> dict:
         """Run one of the scripts beside this one in a process of its own, with its own interpreter and memory."""

@@ -13,7 +13,6 @@ class Pair:
     short_prompts: int  # of a short row that is not synchronous
     heldout: int
     short_s: float  # of a short synchronous row
-    race_s: float  # for the synchronous ones
     max_new_tokens: int
     batch: int
     pack_tokens: int  # about a batch
@@ -29,7 +28,6 @@ PAIRS = {
         short_prompts=16,
         heldout=24,
         short_s=25,
-        race_s=240,
         max_new_tokens=128,
         batch=8,
         pack_tokens=2048,
@@ -43,7 +41,6 @@ PAIRS = {
         short_prompts=500,
         heldout=200,
         short_s=10,
-        race_s=100,
         max_new_tokens=6,
         batch=32,
         pack_tokens=512,
@@ -53,9 +50,9 @@ PAIRS = {
     ),
 }
 QUICK = {
-    "smollm2": {"prompts": 8, "short_prompts": 4, "heldout": 4, "short_s": 1, "race_s": 10, "max_new_tokens": 8}
+    "smollm2": {"prompts": 8, "short_prompts": 4, "heldout": 4, "short_s": 1, "max_new_tokens": 8}
     | {"warm": {"count": 8, "epochs": 1, "pack_tokens": 2048, "lr": 3e-4}, "batch": 4},
-    "addition": {"prompts": 64, "short_prompts": 32, "heldout": 20, "short_s": 1, "race_s": 5}
+    "addition": {"prompts": 64, "short_prompts": 32, "heldout": 20, "short_s": 1}
     | {"warm": {"count": 100, "epochs": 1, "pack_tokens": 512, "lr": 3e-3}},
 }
 
@@ -72,6 +69,11 @@ class Row:
     @property
     def synchronous(self) -> bool:
         return self.trainer is not None or self.settings["set"] is not None
+
+    @property
+    def sets(self) -> int | None:
+        """Sets of answers in a race; None where every batch has answers of its own."""
+        return None if self.synchronous else 10 // self.settings["epochs"]
 
 
 _TUNED = {"gradient_checkpointing": False, "beta": 0.0, "temperature": 1.0}
@@ -99,7 +101,8 @@ def our_rows(batch: int) -> list[Row]:
     for name, change, dtype in (
         ("+ packs", {"padded": False}, "float32"),
         ("+ loss operation", {"loss": "dense"}, "float32"),
-        (f"+ sets of answers, {EPOCHS_PER_SET} epochs each", {"set": None, "epochs": EPOCHS_PER_SET}, "float32"),
+        ("+ a set of answers at a time, one version each", {"set": None}, "float32"),
+        (f"+ {EPOCHS_PER_SET} epochs over each set", {"epochs": EPOCHS_PER_SET}, "float32"),
         ("+ top-10 targets", {"loss": "topk"}, "float32"),
         ("+ filters: NPD", {"filtered": True}, "float32"),
         ("NPD, vLLM", {"engine": "vllm"}, "float32"),

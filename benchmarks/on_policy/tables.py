@@ -54,13 +54,14 @@ def race_table(rows: dict[str, dict], start: str) -> str:
     lines = [
         f"Held-out KL(teacher || student), nats/token: {rows[start]['kl']:.3f} before, {level:.3f} at best by {name}.",
         "",
-        f"| contestant | passes | seconds | KL at the end | seconds to {level:.3f} | times as fast as {name} |",
-        "|---|---|---|---|---|---|",
+        f"| contestant | passes | seconds | KL at the end | lowest | s to {level:.3f} | times as fast as {name} |",
+        "|" + "---|" * 7,
     ]
     reached = {name: seconds_to(row, level, rows[start]["kl"]) for name, row in _racing(rows).items()}
     for name, row in _racing(rows).items():
         never = math.isinf(reached[name])
         cells = [name.removeprefix(RACE), str(row["passes"]), f"{row['seconds']:.3g}", f"{row['saved'][-1]['kl']:.3f}"]
+        cells += [f"{lowest(row):.3f}"]
         cells += ["–", "–"] if never else [f"{reached[name]:.3g}", f"{reached[opponent] / reached[name]:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -70,9 +71,23 @@ def _racing(rows: dict[str, dict]) -> dict[str, dict]:
     return {name: row for name, row in rows.items() if name.startswith(RACE)}
 
 
+def at_best_rate(rows: dict[str, dict]) -> dict[str, dict]:
+    """Of every contestant the learning rate that brings it nearest to the teacher."""
+    best: dict[str, str] = {}
+    for name, row in _racing(rows).items():
+        contestant = name.partition(", lr ")[0]
+        if contestant not in best or lowest(row) < lowest(rows[best[contestant]]):
+            best[contestant] = name
+    return {name: rows[name] for name in best.values()}
+
+
+def lowest(row: dict) -> float:
+    return min(saved["kl"] for saved in row["saved"])
+
+
 def strongest(rows: dict[str, dict]) -> tuple[str, float]:
     """(contestant of TRL, KL): the one that comes nearest to the teacher, and how near."""
-    best = {name: min(saved["kl"] for saved in row["saved"]) for name, row in _racing(rows).items() if row["trainer"]}
+    best = {name: lowest(row) for name, row in _racing(rows).items() if row["trainer"]}
     name = min(best, key=lambda name: best[name])
     return name, best[name]
 
@@ -90,9 +105,11 @@ def seconds_to(row: dict, level: float, start_kl: float) -> float:
 
 
 def bounds_table(rows: dict[str, dict], pair: Pair) -> str:
-    """Each stage of the race against its floor: GEMM flops over the measured rate, or weights over bandwidth."""
+    """Each stage of the race against its floor, at the pair's learning rate."""
     lines = ["| contestant | stage | s per pass | floor | floor / measured |", "|---|---|---|---|---|"]
     for name, row in _racing(rows).items():
+        if row["lr"] != pair.lr:
+            continue
         for stage, floor in floors(row, rows["rates"], pair).items():
             measured = row["split"][stage] / row["passes"]
             share = f"{floor / measured:.2f}" if measured else "–"
@@ -101,24 +118,29 @@ def bounds_table(rows: dict[str, dict], pair: Pair) -> str:
 
 
 def floors(row: dict, rates: dict, pair: Pair) -> dict[str, float]:
-    """Seconds per gradient pass; attention, norms, softmax and the optimizer count as no work at all."""
+    """Seconds per gradient pass; attention, norms and softmax count as no work at all.
+
+    Products at the GEMM rate; weights read for every token that a batch generates, at the reading bandwidth; an update
+    reads and writes masters and two moments, writes and reads gradients: 32 bytes a weight at the copying bandwidth.
+    """
     tokens, answers = row["tokens"] / row["passes"], row["answer_tokens"] / row["passes"]
     dtype = row["dtype"] or "float32"
     flops_per_s, generated = 1e9 * rates[f"{dtype}_gflops"], row["generated"] / row["passes"]
     multiplied = {role: rates[role]["body"] * tokens + rates[role]["head"] * answers for role in ("teacher", "student")}
-    together = pair.batch if row["synchronous"] else pair.prompts
+    together = row["settings"].get("per_device_train_batch_size") or row["settings"]["set"] or pair.prompts
     weight_bytes = sum(rates["student"].values()) * (2 if dtype == "bfloat16" else 4)
     traffic_s = weight_bytes * answers / together / (1e9 * rates["read_gb_s"])
+    update_s = 32 * sum(rates["student"].values()) / (1e9 * rates["copy_gb_s"]) * row["updates"] / row["passes"]
     return {
         "generation": generated * max(2 * multiplied["student"] / flops_per_s, traffic_s),
         "teacher": generated * 2 * multiplied["teacher"] / flops_per_s,
-        "student": 6 * multiplied["student"] / flops_per_s,
+        "student": 6 * multiplied["student"] / flops_per_s + update_s,
     }
 
 
 def _verdict(rows: dict[str, dict], pair: Pair) -> list[str]:
     names = list(_racing(rows))
-    npd = next(row for name, row in _racing(rows).items() if row["settings"].get("filtered"))
+    npd = next(row for row in _racing(rows).values() if row["settings"].get("loss") == "tail" and row["lr"] == pair.lr)
     opponent = max((rows[name] for name in names if rows[name]["trainer"]), key=per_hour)
     step, floor = npd["split"]["student"] / npd["passes"], floors(npd, rows["rates"], pair)
     fastest = max((per_hour(row), name) for name, row in rows.items() if row.get("trainer") and name not in names)
@@ -141,7 +163,7 @@ def draw(rows: dict[str, dict], start: str, file: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.set_prop_cycle(color=[*plt.colormaps["Dark2"].colors])
-    for name, row in _racing(rows).items():
+    for name, row in at_best_rate(rows).items():
         points = [(0.0, rows[start]["kl"]), *((saved["seconds"], saved["kl"]) for saved in row["saved"])]
         dashes = "--" if row["trainer"] else "-"
         axes.plot(*zip(*points, strict=True), dashes, marker="o", markersize=4, label=name.removeprefix(RACE))
