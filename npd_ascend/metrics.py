@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # name -> (unit, meaning). A name that is not here cannot be logged.
@@ -94,15 +96,18 @@ class MetricsLog:
         self._board.close()
 
 
+def parse_rows(text: str) -> Iterator[dict]:
+    """Of lines of metrics.jsonl; one that a kill has torn is left out, since its step was repeated."""
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
 def read_metrics(run: Path) -> list[dict]:
     """Rows of RUN/metrics.jsonl; of a step that was repeated after a kill the last row stands."""
     path = Path(run) / "metrics.jsonl"
     rows: dict[tuple, dict] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # torn by a kill in the middle of the line; the step was repeated
+    for row in parse_rows(path.read_text() if path.exists() else ""):
         names = tuple(key for key in row if key not in ("time", "stage", "step"))
         # the end of one phase and the start of the next are the same step, measured on other rollouts
         rows[(row["stage"], row["step"], row.get("heldout/version"), names)] = row

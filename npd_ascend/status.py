@@ -1,11 +1,11 @@
 """Beside the bar of a live run: one line now and then that says what all its processes did since the line before."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from npd_ascend.busy import busy_shares
+from npd_ascend.metrics import parse_rows
 
 EVERY_S = 20.0
 # metric -> words for the mean of what was logged
@@ -38,8 +38,7 @@ class Status:
             whole, _, _ = file.read().rpartition(b"\n")  # a line that is being written is for the next time
         self._at += len(whole) + bool(whole)
         self._since = time.monotonic()
-        rows = [json.loads(line) for line in whole.splitlines()]
-        return describe(rows, seconds) or None
+        return describe([*parse_rows(whole.decode())], seconds) or None
 
 
 def describe(rows: Sequence[Mapping], seconds: float) -> str:

@@ -95,9 +95,10 @@ class ChatTokenizer:
         return None
 
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary, the end token, the chat format and how a mixed text is cut."""
+        """SHA-256 of the vocabulary, the end token, the chat template and how a mixed text is cut."""
         vocabulary = sorted(self._tokenizer.get_vocab().items())
-        parts = [vocabulary, self.eos_id, self.encode_prompt(_SAMPLE), self.encode_answer(_SAMPLE)]
+        # the template and not what it renders: some write the date
+        parts = [vocabulary, self.eos_id, str(self._tokenizer.chat_template), self.encode_answer(_SAMPLE)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _render(self, text: str, *, header: bool) -> str:

@@ -40,6 +40,9 @@ def test_only_what_is_new_is_read_and_a_torn_line_waits(tmp_path):
         out.write(torn[9:])
     assert status.line() == "kept 60%"
     assert status.line() is None
+    with file.open("a") as out:
+        out.write(whole[:9] + whole + torn)  # a writer was killed, and the next one came
+    assert status.line() == "kept 60%"
     assert Status(tmp_path, every_s=1000.0).line() is None
 
 
