@@ -89,13 +89,17 @@ def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_p
     from npd_ascend.rollout import vllm_engine
     from npd_ascend.rollout.worker import open_maker
 
+    model = Path(shutil.copytree(TEACHER, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         "".join(json.dumps({"prompt": f"{n}+" * 60 + "1", "answer": "1"}) + "\n" for n in range(100, 104))
     )
     asked = f"{{kind: jsonl, path: {questions}}}"
     settings = [
-        *SETTINGS[:3],
+        *SETTINGS[1:3],
+        f"student.path={model}",
         "device.threads=1",
         f"data.prompts={asked}",
         f"data.heldout={asked}",
