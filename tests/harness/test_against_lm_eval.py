@@ -3,7 +3,7 @@
 With requirements-eval.txt; launch/test.sh installs it beside vLLM. The model has random weights and writes mostly
 digits and full stops, so that filters find something and stop texts come up; half of the reference answers
 are what it says, so that scores lie between 0 and 1 and move when anything about the prompt or the stop does.
-Rows are in the shape of the hub's, made here. MBPP and HumanEval, with a metric of the hub: test_on_real_data.py.
+Rows are in the shape of the hub's, made here. MBPP and HumanEval: test_code_benchmarks.py.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,8 +45,8 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path) -> Path:
-    """A token per byte; digits, the full stop and the end of a turn are likelier than the rest."""
+def make_model(folder: Path, likely: Sequence[str] = (*"0123456789 .", "<|im_end|>"), seed: int = 3) -> Path:
+    """A token per byte; digits, the full stop and the end of a turn, or whatever is `likely`, come more often."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {token: id_ for id_, token in enumerate(special + letters)}
@@ -58,9 +59,9 @@ def make_model(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     shape = {"vocab_size": len(vocabulary), "max_position_embeddings": 4096, "bos_token_id": None}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32, the smallest that vLLM takes on CPU
-    model = make_hf_model("llama", seed=3, **shape)
+    model = make_hf_model("llama", seed=seed, **shape)
     with torch.no_grad():
-        for letters_of_answers in [*"0123456789 .", "<|im_end|>"]:
+        for letters_of_answers in likely:
             model.lm_head.weight[tokenizer.encode(letters_of_answers, add_special_tokens=False)] *= 6
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -156,6 +157,7 @@ def npd_settings(folder: Path, model: Path, data: dict[str, Path]) -> dict:
             | ({} if BENCHMARKS[name].metric == "acc" else {"max_new_tokens": NEW_TOKENS})
             for name, place in data.items()
         },
+        "run_code_of": [name for name in data if BENCHMARKS[name].runs_code],
     }
 
 

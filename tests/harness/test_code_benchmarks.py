@@ -1,0 +1,100 @@
+"""MBPP and HumanEval by `npd eval --benchmarks` against lm-eval's own command, with code that runs.
+
+What the hub's metric code_eval does is in code_eval/ here. The model has random weights and writes digits and the marks
+that end a block of code. HumanEval's questions make a string of what it writes. Of its answers to MBPP nothing is left
+as a program, so what is compared there is all that comes after an answer. MBPP's tests read their own program; half of
+both want what the model said, MBPP's from a file, since its tests stand in the question.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+if find_spec("lm_eval") is None:
+    pytest.skip(
+        "lm_eval is not installed; launch/test.sh runs this in an environment of its own", allow_module_level=True
+    )
+
+import datasets
+from lm_eval_command import lm_eval_command
+from test_against_lm_eval import NEW_TOKENS, SHOTS, make_model, npd_eval, said_by, write_lines
+
+from npd_ascend.evaluate import engine_lm
+
+QUESTIONS, WANTED = 16, "NPD_TEST_WANTED"
+HUMANEVAL_PROMPT = 'def said_{i}():\n    """What is {i} times {i}?"""\n    return """'
+
+
+def make_data(folder: Path, said: dict[str, list[str]]) -> dict[str, Path]:
+    """said: programs that came of the model's answers, in HumanEval behind the prompt; empty if they are not known."""
+    folder.mkdir()
+    mbpp, humaneval = [], []
+    for i in range(QUESTIONS):
+        known = said and i % 2
+        (Path(os.environ[WANTED]) / str(i)).write_text(said["mbpp"][i] if known else "nothing")
+        tests = ["import os, sys", f"wanted = open(os.environ['{WANTED}'] + '/{i}').read()"]
+        tests.append("assert sys.orig_argv[-1].startswith(wanted + chr(10))")
+        mbpp.append({"task_id": 11 + i, "text": f"Write a program about {i * i}.", "code": "", "test_list": tests})
+        prompt = HUMANEVAL_PROMPT.format(i=i)
+        wanted = said["humaneval"][i].removeprefix(prompt) if known else str(i)
+        test = f'""".strip()\ndef check(candidate):\n    assert candidate() == {wanted.strip()!r}\n'
+        humaneval.append({"task_id": f"X/{i}", "prompt": prompt, "test": test, "entry_point": f"said_{i}"})
+    rows = {"mbpp": mbpp, "humaneval": humaneval}
+    return {name: write_lines(folder / f"{name}.jsonl", lines) for name, lines in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """(folder, model, data, scores of lm-eval's own command)."""
+    folder, here = tmp_path_factory.mktemp("code"), Path.cwd()
+    (folder / "wanted").mkdir()
+    changed = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_ALLOW_CODE_EVAL": "1"}
+    changed[WANTED] = str(folder / "wanted")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setitem(os.environ, name, value)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
+        patch.setitem(SHOTS, "mbpp", 3)  # they stand in the task
+        os.chdir(Path(__file__).parent)  # where the package evaluate looks for code_eval first
+        try:
+            model = make_model(folder / "model", (*"0123456789`",), seed=4)
+            npd_eval(folder / "said", model, make_data(folder / "first", {}))
+            said = {name: [program for (program,) in said_by(folder / "said", name)] for name in ("mbpp", "humaneval")}
+            data = make_data(folder / "data", said)
+            more = "--confirm_run_unsafe_code"
+            scores = lm_eval_command(folder / "theirs", model, data, SHOTS, more, new_tokens=NEW_TOKENS)
+            assert all(0.1 < sum(each) / len(each) < 0.9 for each in scores.values()), scores
+            yield folder, model, data, scores
+        finally:
+            os.chdir(here)
+
+
+def test_the_same_scores_as_lm_evals_own_command(theirs):
+    folder, model, data, scores = theirs
+    assert npd_eval(folder / "ours", model, data) == scores  # question by question
+    assert [len(each) for each in scores.values()] == [QUESTIONS, QUESTIONS]
+
+
+def test_another_prompt_shows(theirs, monkeypatch):
+    folder, model, data, scores = theirs
+    plain = lambda self, turns, add_generation_prompt=True: "".join(turn["content"] for turn in turns)  # noqa: E731
+    monkeypatch.setattr(engine_lm.EngineLM, "apply_chat_template", plain)
+    wrong = npd_eval(folder / "no_template", model, {"humaneval": data["humaneval"]})
+    assert wrong["humaneval"] != scores["humaneval"]
+
+
+def test_another_answer_shows(theirs, monkeypatch):
+    folder, model, data, scores = theirs
+    monkeypatch.setattr(engine_lm, "postprocess_generated_text", lambda text, stop, think: "+8```")
+    wrong = npd_eval(folder / "other_answer", model, data)
+    assert all(wrong[name] != scores[name] for name in scores), (wrong, scores)
+
+
+def test_code_runs_only_where_it_was_allowed(theirs, tmp_path, capsys):
+    _, model, data, _ = theirs
+    with pytest.raises(AssertionError):
+        npd_eval(tmp_path / "refused", model, {"mbpp": data["mbpp"]}, run_code_of=[])
+    assert "run_code_of" in capsys.readouterr().err
+    assert not list((tmp_path / "refused").rglob("questions-0.json"))
