@@ -234,6 +234,19 @@ def test_a_configuration_that_wants_an_npu_that_is_not_here(tmp_path):
     assert {found[check].status for check in ("versions", "product", "attention", "collectives")} == {"not applicable"}
 
 
+def test_a_torch_npu_that_ends_its_process_leaves_the_table_whole(tmp_path, monkeypatch):
+    """As beside a build of torch for CUDA; the rest of the table is still asked for."""
+    (tmp_path / "torch_npu.py").write_text("import os, sys\nprint('Duplicated key', file=sys.stderr)\nos.abort()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config = load_config(CONFIGS / "addition_cpu.yaml", ["device.kind=npu", f"run.folder={tmp_path / 'run'}"])
+    found = _by_check(examine(config, A2))
+    assert found["device"].status == "failed"
+    assert "`import torch_npu` ended with exit code -6: Duplicated key" in found["device"].detail
+    assert found["disk"].status == "ok"
+    (tmp_path / "torch_npu.py").write_text("")
+    assert device.import_finding("torch_npu") is None
+
+
 def test_the_table_of_a_machine_with_npus_comes_from_the_path(tmp_path, monkeypatch, capsys):
     tool = tmp_path / "npu-smi"
     tool.write_text(f"#!{sys.executable}\nprint({json.dumps(A2)})\n")
@@ -245,4 +258,4 @@ def test_the_table_of_a_machine_with_npus_comes_from_the_path(tmp_path, monkeypa
     said = capsys.readouterr().out
     assert re.search(r"^driver +ok +24.1.0.3, 2 chips, 910B2$", said, re.MULTILINE)
     assert re.search(r"^versions +failed +cann is not installed, requirements-npu.txt says 9.1.0", said, re.MULTILINE)
-    assert re.search(r"^device +failed +device.kind=npu: torch_npu does not load", said, re.MULTILINE)
+    assert re.search(r"^device +failed +`import torch_npu` ended with exit code 1: ModuleNotFound", said, re.M)

@@ -8,7 +8,7 @@ from npd_ascend.config import Config
 from npd_ascend.device import accelerator, open_device
 from npd_ascend.doctor.collectives import collective_findings
 from npd_ascend.doctor.compute import compute_findings
-from npd_ascend.doctor.device import NO_NPU, device_findings, run_npu_smi
+from npd_ascend.doctor.device import NO_NPU, device_findings, import_finding, run_npu_smi
 from npd_ascend.doctor.finding import Finding
 from npd_ascend.doctor.host import clock_finding, disk_finding, port_finding, vllm_finding
 from npd_ascend.doctor.versions import version_finding
@@ -53,6 +53,8 @@ def _device_at_work(config: Config | None, kind: str, no_card: bool) -> list[Fin
                 for check in ("versions", "product", "attention", "collectives")
             ),
         ]
+    if kind != "cpu" and (failed := import_finding(f"torch_{kind}")):
+        return [failed]
     try:
         device = open_device(kind, config.device.threads if config else 0)
     except UserError as error:

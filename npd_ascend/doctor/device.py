@@ -12,6 +12,7 @@ Phy-ID is only there on machines with several chips per NPU, and power is `-` fo
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ NO_NPU = "no NPU here (npu-smi not found)"
 CHECKS = ("driver", "NPU health", "NPU memory", "visible NPUs", "CANN")
 # what the driver itself holds; vllm-ascend#1767 and #2035 show up to 3,419 MB on idle chips
 _IDLE_MB = 4000
+_IMPORT_S = 300  # a cold disk and a large build
 _BUS_ID = re.compile(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
 
 
@@ -52,6 +54,20 @@ def run_npu_smi() -> str | None:
     except subprocess.TimeoutExpired:
         return "npu-smi info did not answer within 60 s"
     return done.stdout or done.stderr
+
+
+def import_finding(module: str) -> Finding | None:
+    """None if a process of its own can import it: beside a build of torch that does not fit, it ends that process."""
+    command = [sys.executable, "-c", f"import {module}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding("device", "failed", f"`import {module}` did not come to an end within {_IMPORT_S} s")
+    if done.returncode == 0:
+        return None
+    said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+    how = f"`import {module}` ended with exit code {done.returncode}: {said}"
+    return Finding("device", "failed", f"{how}; the traps in docs/ascend.md name the builds that do not go together")
 
 
 def parse_npu_smi(text: str) -> Table:
