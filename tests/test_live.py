@@ -228,12 +228,15 @@ def stop(process: subprocess.Popen) -> None:
 def test_what_hangs_is_started_again_and_nothing_is_lost(soak, start_long, tmp_path):
     """First the workers; then the trainer, behind which the stream fills up until the generator may not begin more."""
     folder = tmp_path / "run"
-    process = start_long(folder, "processes.timeout_s=45", "data.prompts.count=1500")
+    process = start_long(folder, "processes.timeout_s=60", "data.prompts.count=2000")
     try:
         hung = {role: pid for role, pid in children(process.pid).items() if role != "distill"}
         for pid in hung.values():
             os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: all(children(process.pid).get(role, pid) != pid for role, pid in hung.items()))
+        packs = folder / "stream" / "packs.jsonl"
+        before = packs.read_text().count("\n")
+        wait_for(lambda: packs.read_text().count("\n") > before + 4)  # by the new workers
         trainer = children(process.pid)["distill"]
         os.kill(trainer, signal.SIGSTOP)
         stream, log = Stream(folder / "stream"), folder / "logs" / "rollout.log"

@@ -92,7 +92,9 @@ from npd_ascend.ray_nodes import RayProcess, join_cluster
 config = load_config(Path(sys.argv[1]), sys.argv[3:])
 join_cluster(config)
 logs = [Path(sys.argv[2]) / name for name in "ab"]
-command = ["sh", "-c", "echo $ASCEND_RT_VISIBLE_DEVICES; sleep 5"]
+# none ends, and gives its card back, before both have one
+until_both = " && ".join(f"[ -s {log} ]" for log in logs)
+command = ["sh", "-c", f"echo $ASCEND_RT_VISIBLE_DEVICES; until {until_both}; do sleep 0.1; done"]
 both = [RayProcess(command, log, config.ray_needs("rollout")) for log in logs]
 codes = [process.wait() or process.poll() for process in both]
 print(codes, sorted(log.read_text().strip() for log in logs))
