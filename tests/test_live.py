@@ -228,7 +228,7 @@ def stop(process: subprocess.Popen) -> None:
 def test_what_hangs_is_started_again_and_nothing_is_lost(soak, start_long, tmp_path):
     """First the workers; then the trainer, behind which the stream fills up until the generator may not begin more."""
     folder = tmp_path / "run"
-    process = start_long(folder, "processes.timeout_s=60", "data.prompts.count=2000")
+    process = start_long(folder, "processes.timeout_s=90", "data.prompts.count=2000")
     try:
         hung = {role: pid for role, pid in children(process.pid).items() if role != "distill"}
         for pid in hung.values():
