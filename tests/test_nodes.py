@@ -280,6 +280,25 @@ def test_who_comes_back_early_waits_and_does_not_count_past_the_others(meeting_p
         assert both() == [3, 3]
 
 
+def test_who_comes_again_finds_the_others_there_already(meeting_place):
+    """Node 1 gave up; node 0 then came and went ahead to its ranks, which wait there for those of node 1."""
+    with pytest.raises(LostRankError):
+        next_meeting(_node(meeting_place, 1), 0)
+    assert next_meeting(_node(meeting_place, 0), 0) == 1
+    assert next_meeting(_node(meeting_place, 1), 0) == 1
+
+
+def test_who_missed_a_meeting_comes_to_the_next(meeting_place):
+    """The ranks of node 0 gave up on those of node 1 before it came again: nobody goes where nobody waits."""
+    with pytest.raises(LostRankError):
+        next_meeting(_node(meeting_place, 1), 0)
+    assert next_meeting(_node(meeting_place, 0), 0) == 1
+    with pytest.raises(LostRankError, match="node 1"):
+        next_meeting(_node(meeting_place, 0), 0)
+    assert next_meeting(_node(meeting_place, 1), 0) == 2
+    assert next_meeting(_node(meeting_place, 0), 0) == 2
+
+
 def test_a_host_that_answers_nothing_is_lost_after_a_while(monkeypatch):
     """As one without power: no connection is closed."""
     monkeypatch.setattr(nodes, "_LOST_S", 1)

@@ -63,16 +63,17 @@ def next_meeting(node: Node, timeout_s: int) -> int:
 
     Counted by node 0's `npd run`. Nodes notice a lost rank at different times, one of them perhaps minutes after
     another; who comes back early waits here, and with the same number if it has to come again, or they would count
-    past each other for ever.
+    past each other for ever. So each node keeps two counts: the meeting that it last came to, and the last that it
+    saw all the others come to; the others may be there already when it comes again.
     """
     from torch.distributed import TCPStore  # a run on one node waits for no torch
 
     try:
         store = TCPStore(node.address, node.port, is_master=False, timeout=timedelta(seconds=_CONNECT_S))
-        keys = [f"ranks of node {rank}" for rank in range(node.count)]
-        meeting = store.add(keys[node.rank], 0)
-        if all(store.add(key, 0) >= meeting for key in keys):
-            meeting = store.add(keys[node.rank], 1)
+        keys, met = [f"ranks of node {rank}" for rank in range(node.count)], f"last meeting of node {node.rank}"
+        latest, last = max(store.add(key, 0) for key in keys), store.add(met, 0)
+        meeting = latest + 1 if latest == last else latest
+        store.add(keys[node.rank], meeting - store.add(keys[node.rank], 0))
         started = time.monotonic()
         while late := [rank for rank, key in enumerate(keys) if store.add(key, 0) < meeting]:
             if time.monotonic() - started > timeout_s:
@@ -81,6 +82,7 @@ def next_meeting(node: Node, timeout_s: int) -> int:
                     f"the same command goes on from the last checkpoint"
                 )
             time.sleep(_POLL_S)
+        store.add(met, meeting - last)
         return meeting
     except RuntimeError as error:
         raise UserError(
