@@ -46,7 +46,7 @@ TEMPLATE = (
 
 
 def make_model(folder: Path, likely: Sequence[str] = (*"0123456789 .", "<|im_end|>"), seed: int = 3) -> Path:
-    """A token per byte; digits, the full stop and the end of a turn, or whatever is `likely`, come more often."""
+    """A token per byte and per text of several in `likely`, whose tokens come more often."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {token: id_ for id_, token in enumerate(special + letters)}
@@ -54,10 +54,11 @@ def make_model(folder: Path, likely: Sequence[str] = (*"0123456789 .", "<|im_end
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain.decoder = decoders.ByteLevel()
     plain.add_special_tokens(special)
+    plain.add_tokens([text for text in likely if len(text) > 1 and text not in special])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|im_end|>", pad_token="<pad>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    shape = {"vocab_size": len(vocabulary), "max_position_embeddings": 4096, "bos_token_id": None}
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "bos_token_id": None}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32, the smallest that vLLM takes on CPU
     model = make_hf_model("llama", seed=seed, **shape)
     with torch.no_grad():

@@ -1,9 +1,8 @@
 """MBPP and HumanEval by `npd eval --benchmarks` against lm-eval's own command, with code that runs.
 
-What the hub's metric code_eval does is in code_eval/ here. The model has random weights and writes digits and the marks
-that end a block of code. HumanEval's questions make a string of what it writes. Of its answers to MBPP nothing is left
-as a program, so what is compared there is all that comes after an answer. MBPP's tests read their own program; half of
-both want what the model said, MBPP's from a file, since its tests stand in the question.
+What the hub's metric code_eval does is in code_eval/ here. The model has random weights and writes lines of digits, which
+are programs, and the marks that end a block of code. HumanEval's questions make a string of them; MBPP's tests read their
+own program. Half of both want what the model said, MBPP's from a file, since its tests stand in the question.
 """
 
 import os
@@ -24,6 +23,7 @@ from test_against_lm_eval import NEW_TOKENS, SHOTS, make_model, npd_eval, said_b
 from npd_ascend.evaluate import engine_lm
 
 QUESTIONS, WANTED = 16, "NPD_TEST_WANTED"
+DIGITS = "123456789"
 HUMANEVAL_PROMPT = 'def said_{i}():\n    """What is {i} times {i}?"""\n    return """'
 
 
@@ -35,7 +35,7 @@ def make_data(folder: Path, said: dict[str, list[str]]) -> dict[str, Path]:
         known = said and i % 2
         (Path(os.environ[WANTED]) / str(i)).write_text(said["mbpp"][i] if known else "nothing")
         tests = ["import os, sys", f"wanted = open(os.environ['{WANTED}'] + '/{i}').read()"]
-        tests.append("assert sys.orig_argv[-1].startswith(wanted + chr(10))")
+        tests.append(f"assert sys.orig_argv[-1].startswith(wanted + chr(10))  # {chr(97 + i) * 24}")
         mbpp.append({"task_id": 11 + i, "text": f"Write a program about {i * i}.", "code": "", "test_list": tests})
         prompt = HUMANEVAL_PROMPT.format(i=i)
         wanted = said["humaneval"][i].removeprefix(prompt) if known else str(i)
@@ -59,9 +59,11 @@ def theirs(tmp_path_factory):
         patch.setitem(SHOTS, "mbpp", 3)  # they stand in the task
         os.chdir(Path(__file__).parent)  # where the package evaluate looks for code_eval first
         try:
-            model = make_model(folder / "model", (*"0123456789`",), seed=4)
+            model = make_model(folder / "model", ("```", *DIGITS, *("\n" + digit for digit in DIGITS)), seed=6)
             npd_eval(folder / "said", model, make_data(folder / "first", {}))
             said = {name: [program for (program,) in said_by(folder / "said", name)] for name in ("mbpp", "humaneval")}
+            assert len(set(said["mbpp"])) > 2
+            assert all(said["mbpp"])
             data = make_data(folder / "data", said)
             more = "--confirm_run_unsafe_code"
             scores = lm_eval_command(folder / "theirs", model, data, SHOTS, more, new_tokens=NEW_TOKENS)
@@ -81,8 +83,8 @@ def test_another_prompt_shows(theirs, monkeypatch):
     folder, model, data, scores = theirs
     plain = lambda self, turns, add_generation_prompt=True: "".join(turn["content"] for turn in turns)  # noqa: E731
     monkeypatch.setattr(engine_lm.EngineLM, "apply_chat_template", plain)
-    wrong = npd_eval(folder / "no_template", model, {"humaneval": data["humaneval"]})
-    assert wrong["humaneval"] != scores["humaneval"]
+    wrong = npd_eval(folder / "no_template", model, data)
+    assert all(wrong[name] != scores[name] for name in scores), (wrong, scores)
 
 
 def test_another_answer_shows(theirs, monkeypatch):
