@@ -21,7 +21,7 @@ def open_device(kind: str, threads: int) -> torch.device:
 
 
 def _open_npu() -> torch.device:
-    """The NPU of this rank of this host. UserError if torch_npu does not load or sees too few.
+    """The NPU of this rank of this host. UserError if torch_npu does not load, sees too few, or cannot open it.
 
     Blocks of memory may grow unless the environment says otherwise (packs differ in length), and HCCL_DETERMINISTIC,
     which asks collectives for the same bits every time, asks torch's operators too. Sources: docs/ascend.md.
@@ -41,7 +41,13 @@ def _open_npu() -> torch.device:
             f"device.kind=npu: this rank wants NPU {index} and {count} are visible (ASCEND_RT_VISIBLE_DEVICES is "
             f"{visible}); lower parallel.tp x parallel.dp, or {_NPU_WAY_OUT}"
         )
-    npu.set_device(index)
+    try:
+        npu.set_device(index)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"device.kind=npu: NPU {index} cannot be opened ({reason}); `npd doctor` says more, {_NPU_WAY_OUT}"
+        ) from None
     if os.environ.get("HCCL_DETERMINISTIC", "false").lower() != "false":
         torch.use_deterministic_algorithms(True)
     return torch.device("npu", index)

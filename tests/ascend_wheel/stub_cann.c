@@ -1,14 +1,23 @@
 /* Stands in for CANN so that torch_npu can be imported, and its autograd traced on fake tensors, without an NPU.
    Host memory plays the device, streams and events are dummies, and nothing can be computed: what would, fails.
-   Compiled under the name of each library that torch_npu wants (conftest.py). */
+   With -DSTRICT every call is refused, and nothing but the number of devices is known.
+   Compiled under the name of each library that torch_npu wants (wheel.py). */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { OK = 0, OUT_OF_MEMORY = 207001, NO_DEVICE_SET = 107002, NOT_HERE = 507008 };
-#define DONE(name) int name() { return OK; }
 #define REFUSED(name) int name() { return NOT_HERE; }
+#ifdef STRICT
+#define DONE REFUSED
+#define HANDLE REFUSED
+#else
+#define DONE(name) int name() { return OK; }
 #define HANDLE(name) int name(void **handle) { return new_memory(handle, 64); }
+#endif
+#ifndef DEVICES
+#define DEVICES 8
+#endif
 
 static __thread int current_device = -1;
 
@@ -17,14 +26,21 @@ static int new_memory(void **at, size_t bytes) { return posix_memalign(at, 512, 
 /* devices */
 const char *aclrtGetSocName() { return "Ascend910B1"; }
 const char *aclGetRecentErrMsg() { return "there is no CANN here"; }
-int aclrtGetDeviceCount(unsigned *count) { *count = 8; return OK; }
+int aclrtGetDeviceCount(unsigned *count) { *count = DEVICES; return OK; }
+DONE(aclInit) DONE(aclFinalize) DONE(aclrtResetDevice) DONE(aclrtSetCurrentContext) DONE(aclrtProcessReport)
+DONE(aclmdlFinalizeDump) DONE(aclrtSetDeviceSatMode) DONE(aclrtSetOpExecuteTimeOut) DONE(aclrtSetOpWaitTimeout)
+#ifdef STRICT
+REFUSED(aclrtSetDevice) REFUSED(aclrtGetDevice) REFUSED(aclrtGetCurrentContext) REFUSED(aclrtDeviceCanAccessPeer)
+REFUSED(aclrtGetMemInfo) REFUSED(aclrtMalloc) REFUSED(aclrtMallocAlign32) REFUSED(aclrtMallocHost) REFUSED(aclrtFree)
+REFUSED(aclrtFreeHost) REFUSED(aclrtMemset) REFUSED(aclrtMemcpy) REFUSED(aclrtMemcpyAsync)
+REFUSED(aclrtQueryEventStatus) REFUSED(aclrtStreamQuery) REFUSED(aclrtGetStreamId) REFUSED(aclrtEventElapsedTime)
+REFUSED(aclGetCompileopt) REFUSED(aclrtGetSysParamOpt) REFUSED(aclrtCtxGetSysParamOpt)
+#else
 int aclrtSetDevice(int device) { current_device = device; return OK; }
 int aclrtGetDevice(int *device) { *device = current_device; return current_device < 0 ? NO_DEVICE_SET : OK; }
 int aclrtGetCurrentContext(void **context) { *context = &current_device; return OK; }
 int aclrtDeviceCanAccessPeer(int *can, int a, int b) { *can = 0; return OK; }
 int aclrtGetMemInfo(int kind, size_t *available, size_t *total) { *available = *total = (size_t)64 << 30; return OK; }
-DONE(aclInit) DONE(aclFinalize) DONE(aclrtResetDevice) DONE(aclrtSetCurrentContext) DONE(aclrtProcessReport)
-DONE(aclmdlFinalizeDump) DONE(aclrtSetDeviceSatMode) DONE(aclrtSetOpExecuteTimeOut) DONE(aclrtSetOpWaitTimeout)
 
 /* memory */
 int aclrtMalloc(void **at, size_t bytes, int policy) { return new_memory(at, bytes); }
@@ -38,6 +54,16 @@ int aclrtMemcpyAsync(void *to, size_t room, const void *from, size_t bytes, int 
   memmove(to, from, bytes);
   return OK;
 }
+
+/* questions */
+int aclrtQueryEventStatus(void *event, int *status) { *status = 1; return OK; }
+int aclrtStreamQuery(void *stream, int *status) { *status = 0; return OK; } /* 0 is done, of an event it is 1 */
+int aclrtGetStreamId(void *stream, int *id) { *id = 0; return OK; }
+int aclrtEventElapsedTime(float *ms, void *from, void *to) { *ms = 0; return OK; }
+int aclGetCompileopt(int option, char *value, size_t bytes) { strncpy(value, "0", bytes); return OK; }
+int aclrtGetSysParamOpt(int option, long *value) { *value = 0; return OK; }
+int aclrtCtxGetSysParamOpt(int option, long *value) { *value = 0; return OK; }
+#endif
 REFUSED(aclrtFreePhysical) REFUSED(aclrtMallocPhysical) REFUSED(aclrtMapMem) REFUSED(aclrtUnmapMem)
 REFUSED(aclrtMemExportToShareableHandle) REFUSED(aclrtMemImportFromShareableHandle)
 REFUSED(aclrtMemSetPidToShareableHandle) REFUSED(aclrtReleaseMemAddress) REFUSED(aclrtReserveMemAddress)
@@ -46,10 +72,6 @@ REFUSED(aclrtDeviceEnablePeerAccess) REFUSED(aclrtDeviceGetBareTgid)
 /* streams and events */
 HANDLE(aclrtCreateStream) HANDLE(aclrtCreateStreamWithConfig)
 HANDLE(aclrtCreateEventWithFlag) HANDLE(aclrtCreateEventExWithFlag)
-int aclrtQueryEventStatus(void *event, int *status) { *status = 1; return OK; }
-int aclrtStreamQuery(void *stream, int *status) { *status = 0; return OK; } /* 0 is done, of an event it is 1 */
-int aclrtGetStreamId(void *stream, int *id) { *id = 0; return OK; }
-int aclrtEventElapsedTime(float *ms, void *from, void *to) { *ms = 0; return OK; }
 DONE(aclrtDestroyStream) DONE(aclrtDestroyStreamForce) DONE(aclrtDestroyEvent) DONE(aclrtResetEvent)
 DONE(aclrtRecordEvent) DONE(aclrtStreamWaitEvent) DONE(aclrtSynchronizeEvent) DONE(aclrtSynchronizeStream)
 DONE(aclrtSynchronizeStreamWithTimeout) DONE(aclrtSynchronizeDevice) DONE(aclrtSynchronizeDeviceWithTimeout)
@@ -57,9 +79,6 @@ DONE(aclrtSetStreamFailureMode) DONE(aclrtGetStreamAttribute)
 
 /* settings */
 size_t aclGetCompileoptSize(int option) { return 16; }
-int aclGetCompileopt(int option, char *value, size_t bytes) { strncpy(value, "0", bytes); return OK; }
-int aclrtGetSysParamOpt(int option, long *value) { *value = 0; return OK; }
-int aclrtCtxGetSysParamOpt(int option, long *value) { *value = 0; return OK; }
 DONE(aclSetCompileopt) DONE(aclopSetCompileFlag) DONE(aclrtSetSysParamOpt) DONE(aclrtCtxSetSysParamOpt)
 /* libatb.so: what libop_plugin_atb.so wants to be loaded with; nothing of it is called */
 REFUSED(_ZN3atb13CreateContextEPPNS_7ContextE) REFUSED(_ZN3atb14DestroyContextEPNS_7ContextE)

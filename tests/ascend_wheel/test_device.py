@@ -1,6 +1,12 @@
-"""device.kind: npu, as far as torch_npu goes with a stub in CANN's place: eight devices, and nothing computes."""
+"""device.kind: npu, as far as torch_npu goes with a stub in CANN's place: eight devices, and nothing computes.
+
+Two more stubs in processes of their own: no device at all, and devices that refuse every call.
+"""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +38,28 @@ def test_a_rank_without_an_npu_is_told(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "8")
     with pytest.raises(UserError, match=r"this rank wants NPU 8 and 8 are visible .*lower parallel.tp x parallel.dp"):
         open_device("npu", 0)
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        (0, "this rank wants NPU 0 and 0 are visible"),
+        (8, "NPU 0 cannot be opened (Initialize:../torch_npu/csrc/core/npu/sys_ctrl/npu_sys_ctrl.cpp"),
+    ],
+)
+def test_a_machine_without_a_working_npu_is_told(devices, said):
+    code = (
+        f"from wheel import load_stub; load_stub('-DSTRICT', '-DDEVICES={devices}')\n"
+        "from npd_ascend.device import open_device\nfrom npd_ascend.errors import UserError\n"
+        "try:\n    open_device('npu', 0)\nexcept UserError as error:\n    print(error)"
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}:{here.parent.parent}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("device.kind=npu: "))
+    assert said in line
+    assert "docs/ascend.md" in line
 
 
 def test_determinism_is_one_switch_for_collectives_and_operators(monkeypatch):

@@ -17,17 +17,21 @@ SOURCES = [str(Path(__file__).with_name(name)) for name in ("stub_cann.c", "stub
 LIBRARIES = ["libascendcl", "libacl_op_compiler", "libhccl", "libge_runner", "libgraph", "libacl_tdt_channel", "libatb"]
 
 
-def open_wheel() -> None:
-    """Before anything imports torch."""
+def load_stub(*flags: str) -> None:
+    """Before anything imports torch_npu. `flags`: of the compiler, see stub_cann.c."""
     if shutil.which("gcc") is None:
         raise SystemExit("tests/ascend_wheel compiles stub_*.c and finds no gcc; install it")
     with tempfile.TemporaryDirectory() as folder:
         for name in LIBRARIES:
             library = f"{folder}/{name}.so"
-            subprocess.run(
-                ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}.so", "-o", library, *SOURCES], check=True
-            )
+            named = [f"-Wl,-soname,{name}.so", "-o", library]
+            subprocess.run(["gcc", "-shared", "-fPIC", "-w", *flags, *named, *SOURCES], check=True)
             ctypes.CDLL(library)
+
+
+def open_wheel() -> None:
+    """torch_npu as if there were eight NPUs, the first of them taken."""
+    load_stub()
     import torch
     import torch_npu  # noqa: F401
 
