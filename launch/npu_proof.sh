@@ -11,6 +11,9 @@ environment .venv-npu-check requirements-npu-check.txt
 .venv-npu-check/bin/pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
   "$(grep -o '^vllm-ascend==[0-9.]*' requirements-npu.txt)" ||
   echo "no wheel of vllm-ascend for this machine: tests/ascend_wheel/test_hccl_transfer.py is left out"
+# and the torch-npu of the row beside the newer one, to read what its operators take
+.venv-npu-check/bin/pip install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade \
+  --target .venv-npu-check/row "$(grep -o '^torch-npu==[0-9a-z.]*' requirements-npu.txt)"
 
 log=$(mktemp) table='' failed=''
 trap 'rm -f "$log"' EXIT

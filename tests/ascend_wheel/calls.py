@@ -2,12 +2,33 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch_npu  # noqa: F401
+import yaml
 
 PREFIXES = ("torch_npu.", "torch.ops.npu.")
+Schemas = Callable[[str], list[torch.FunctionSchema]]  # of an operator by its name; none if there is no such operator
+
+
+def compiled(operator: str) -> list[torch.FunctionSchema]:
+    """Of the torch_npu that is loaded."""
+    packets = [getattr(library, operator) for library in (torch.ops.npu, torch.ops.atb) if hasattr(library, operator)]
+    return [getattr(packet, name)._schema for packet in packets[:1] for name in packet.overloads()]
+
+
+def listed(package: Path) -> Schemas:
+    """Of another version of torch_npu, from the files in its folder: the list its operators are made from, and nnal's."""
+    text = (package / "csrc" / "aten" / "npu_native_functions_by_codegen.yaml").read_text()
+    entries = [entry for part in yaml.safe_load(text).values() if isinstance(part, list) for entry in part]
+    lines = [entry["func"] for entry in entries if isinstance(entry, dict)]
+    (library,) = package.glob("lib/libop_plugin_atb.so")
+    lines += [line.decode() for line in re.findall(rb"\0(_?npu_[ -~]+\([ -~]+\) -> [ -~]+)\0", library.read_bytes())]
+    return lambda operator: [
+        torch._C.parse_schema(line) for line in lines if line.startswith((f"{operator}(", f"{operator}."))
+    ]
 
 
 def operator_calls(source: str) -> Iterator[tuple[str, ast.Call]]:
@@ -22,7 +43,7 @@ def operator_calls(source: str) -> Iterator[tuple[str, ast.Call]]:
                     yield written.removeprefix(prefix), node
 
 
-def complaints(source: str) -> list[str]:
+def complaints(source: str, schemas_of: Schemas = compiled) -> list[str]:
     """What is wrong with the calls in `source`; one line each."""
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -33,13 +54,11 @@ def complaints(source: str) -> list[str]:
             found.append(f"line {node.lineno}: write `import torch_npu`")
     for name, call in operator_calls(source):
         packet, _, overload = name.partition(".")
-        library = next((each for each in (torch.ops.npu, torch.ops.atb) if hasattr(each, packet)), None)
-        if library is None:
+        schemas = schemas_of(packet)
+        if not schemas:
             found.append(f"line {call.lineno}: torch_npu has no operator {packet}")
             continue
-        operator = getattr(library, packet)
-        overloads = [overload] if overload else operator.overloads()
-        reasons = [_mismatch(getattr(operator, each)._schema, call) for each in overloads]
+        reasons = [_mismatch(each, call) for each in schemas if overload in ("", each.overload_name or "default")]
         if all(reasons):
             found.append(f"line {call.lineno}: {packet}: {'; '.join(reasons)}")
     return found
