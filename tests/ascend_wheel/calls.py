@@ -20,7 +20,7 @@ def compiled(operator: str) -> list[torch.FunctionSchema]:
 
 
 def listed(package: Path) -> Schemas:
-    """Of another version of torch_npu, from the files in its folder: the list its operators are made from, and nnal's."""
+    """Of another version of torch_npu, from the files in its folder: the list of its operators, and those of nnal."""
     text = (package / "csrc" / "aten" / "npu_native_functions_by_codegen.yaml").read_text()
     entries = [entry for part in yaml.safe_load(text).values() if isinstance(part, list) for entry in part]
     lines = [entry["func"] for entry in entries if isinstance(entry, dict)]

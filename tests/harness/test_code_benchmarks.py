@@ -1,8 +1,9 @@
 """MBPP and HumanEval by `npd eval --benchmarks` against lm-eval's own command, with code that runs.
 
-What the hub's metric code_eval does is in code_eval/ here. The model has random weights and writes lines of digits, which
-are programs, and the marks that end a block of code. HumanEval's questions make a string of them; MBPP's tests read their
-own program. Half of both want what the model said, MBPP's from a file, since its tests stand in the question.
+What the hub's metric code_eval does is in code_eval/ here. The model has random weights and writes lines of digits,
+which are programs, and the marks that end a block of code. HumanEval's questions make a string of them; MBPP's tests
+read their own program. Half of both want what the model said, MBPP's from a file, since its tests stand in the
+question.
 """
 
 import os
