@@ -1,5 +1,6 @@
 """Commands, keys and files that the documents name exist."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -37,3 +38,33 @@ def test_every_key_named_in_the_method_exists():
     for key in named:
         section, leaf = key.split(".")
         assert leaf in _known_keys([section]), key
+
+
+_VARIABLE = re.compile(
+    r"\b(?:ASCEND|ATB|CPU_AFFINITY|GLOO|HCCL|LOCAL_RANK|PYTORCH|TASK_QUEUE|TORCH_DEVICE|VLLM)[A-Z_]*\b"
+)
+_CALLS = {"LLM", "SamplingParams"}
+
+
+def test_every_variable_and_argument_of_the_npu_path_has_its_source():
+    """In docs/ascend.md: what torch_npu, CANN, HCCL and vLLM read, and what vLLM is called with."""
+    text = (ROOT / "docs" / "ascend.md").read_text()
+    sources = [path for root in ("npd_ascend", "kernels") for path in sorted((ROOT / root).rglob("*.py"))]
+    used = {name for path in sources for name in _strings(path) if _VARIABLE.fullmatch(name)}
+    for path in sorted((ROOT / "launch").glob("*.sh")):
+        used |= set(_VARIABLE.findall(path.read_text()))
+    assert {"HCCL_BUFFSIZE", "VLLM_HOST_IP", "LOCAL_RANK"} <= used
+    given = {name for path in sources for name in _arguments(path)}
+    assert {"kv_cache_memory_bytes", "allowed_token_ids"} <= given
+    assert sorted(name for name in used | given if not re.search(rf"\b{name}\b", text)) == []
+
+
+def _strings(path: Path) -> list[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def _arguments(path: Path) -> list[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", None) in _CALLS]
+    return [keyword.arg for call in calls for keyword in call.keywords]
