@@ -88,6 +88,7 @@ class _StreamedLoss(torch.autograd.Function):
                 add_product(d_weight_VD, d_logits_CV, hidden_TD[tokens])
             elif wants_weight:
                 d_weight_VD.addmm_(d_logits_CV.T, hidden_TD[tokens])
+            del logits_CV, d_logits_CV  # before the next chunk is made, or the two would be there together
 
         ctx.gradients = (d_hidden_TD, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
