@@ -66,7 +66,8 @@ What the planner (`npd plan`) says of {CARDS} NPUs of 64 GB; printed by `python 
 `tests/test_planner.py`. None of it was measured on an NPU. Parameters, flops and what layers keep are counted from the
 published configurations and this project's own layers, with stand-ins for torch_npu's fused operators that keep what
 its autograd keeps, to the byte (`tests/ascend_wheel`); workspaces of operators are not known and not counted. The
-planner's memory lies within 15% of the measured peak of real training steps on CPU. What is assumed:
+planner's memory lies within 15% of the measured peak of real training steps on CPU, and within 1% of what whole steps
+of the 1B shape hold on fake NPU tensors under torch_npu's autograd (8 layers; both are tests). What is assumed:
 
 ```
 {rates_table(ASCEND)}
@@ -128,10 +129,11 @@ def _print_paper() -> None:
     print(f"""
 ## Against the paper's hours
 
-A summary of the paper gives its run as 366 NPU-hours on 8 Ascend NPUs (model not named): 300 for rollouts, 42 for
-training, 18 for the teacher, 6 for the rest. It gives neither tokens nor layout. So take openPangu 7B to 1B, ten
-epochs, two sets of rollouts, tp 2 x dp 4 without recomputation, and as many samples of 1,024 tokens as the planner
-trains in 42 NPU-hours: {samples:,.0f} a set, {samples * WORK.mean.tokens / 1e6:,.0f}M tokens. Then:
+A summary of the paper (arXiv 2605.05940 in github.com/nick7nlp/OPDHub, `notes/paper_notes.json`) gives its run as 366
+NPU-hours on 8 Ascend NPUs (model not named): 300 for rollouts, 42 for training, 18 for the teacher, 6 for the rest.
+It gives neither tokens nor layout. So take openPangu 7B to 1B, ten epochs, two sets of rollouts, tp 2 x dp 4 without
+recomputation, and as many samples of 1,024 tokens as the planner trains in 42 NPU-hours: {samples:,.0f} a set,
+{samples * WORK.mean.tokens / 1e6:,.0f}M tokens. Then:
 
 | stage | tokens | planner: tokens/s of an NPU | planner: NPU-hours | paper | tokens/s of an NPU that give the paper's |
 |---|---|---|---|---|---|""")

@@ -1,7 +1,9 @@
-"""One training step of openPangu-1B as rank 0 of two: what is called, what waits, what memory it is planned to take.
+"""One training step of openPangu-1B as rank 0 of two: what is called, what waits, and the memory that it takes.
 
 python tests/ascend_wheel/step_report.py            in the environment of requirements-npu-check.txt
 """
+
+import textwrap
 
 from wheel import open_wheel
 
@@ -13,23 +15,16 @@ def main() -> None:
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from tracing import PANGU_1B, fake_batch, fake_decoder, objective, tracing
+    from tracing import PANGU_1B, traced_step
 
-    from npd_ascend.config import KernelConfig, OptimizerConfig
+    from npd_ascend.config import KernelConfig
     from npd_ascend.parallel.mesh import Mesh
     from npd_ascend.planner.fused import countable
     from npd_ascend.planner.memory import Layout, trainer_memory
-    from npd_ascend.trainer.optimizer import MasterAdamW
-    from npd_ascend.trainer.step import train_step
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     mesh = Mesh(tp=2, sequence_parallel=True, tp_group=dist.group.WORLD)
-    with tracing() as watch:
-        model = fake_decoder(PANGU_1B, "selective", mesh)
-        optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
-        watch.waits.clear()
-        batch = fake_batch(PACK, 10, mesh)
-        train_step(model, [batch], optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
+    watch, peak, batch = traced_step(PANGU_1B, PACK, "selective", mesh)
     dist.destroy_process_group()  # the planner has a silent one of its own
     layout = Layout(tp=2, dp=1, sequence_parallel=True, recompute="selective", pack_tokens=sum(PACK))
     with countable(KernelConfig(attention="npu", layer="npu")) as kernels:
@@ -41,15 +36,17 @@ def main() -> None:
             device="npu",
             answer_tokens=len(batch.layout.answer_ids_A),
             kernels=kernels,
-            group_bytes=2 * 256 * 10**6,
         )
     print(f"openPangu-1B, tp 2 with sequence parallelism, {sum(PACK):,} tokens: forward, backward, clip, AdamW")
     own = {name: count for name, count in watch.operators.items() if name.startswith(("npu::", "c10d::"))}
     for name, count in sorted(own.items(), key=lambda item: -item[1]):
         print(f"  {name:<44}{count:>6}")
-    print(f"  {'of torch itself, kinds':<44}{len(watch.operators) - len(own):>6}")
+    rest = {name.removeprefix("aten::"): n for name, n in watch.operators.items() if name.startswith("aten::")}
+    line = "of torch itself: " + ", ".join(f"{name} {rest[name]}" for name in sorted(rest))
+    print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
     print(f"  {'waits of the host for the device in the step':<44}{len(watch.waits):>6}")
-    print(f"  planned peak of the rank {memory.peak / 2**30:.1f} GiB, counted and not measured")
+    gib = [f"{size / 2**30:.1f}" for size in (peak, memory.step)]
+    print(f"  peak of the step {gib[0]} GiB as traced, {gib[1]} GiB as planned, without workspace and buffers of HCCL")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""The planner's stand-ins for fused operators against what torch_npu's autograd keeps, on fake NPU tensors."""
+"""The planner against what torch_npu's autograd keeps on fake NPU tensors: a layer's bytes, and a whole step's."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from tracing import PANGU_1B
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from tracing import PANGU_1B, traced_step
 
 from npd_ascend.config import KernelConfig
 from npd_ascend.model.decoder import PLAIN, Kernels
-from npd_ascend.parallel.mesh import ALONE
+from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.planner.fused import countable
 from npd_ascend.planner.layer import LayerBytes, count_layer
+from npd_ascend.planner.memory import Layout, trainer_memory
 from npd_kernels.packed_attention import impl_npu
 
 TOKENS = 4096
@@ -26,3 +31,24 @@ def test_the_stand_ins_keep_what_torch_npu_keeps(recompute):
     if recompute != "full":  # a planted mistake: plain operators keep more
         plain = count_layer(PANGU_1B, torch.bfloat16, TOKENS, ALONE, recompute, PLAIN)
         assert plain.kept > 1.3 * planned.kept
+
+
+@pytest.mark.parametrize(("tp", "recompute"), [(1, "off"), (1, "full"), (2, "selective")])
+def test_a_whole_step_takes_what_was_planned(tp, recompute):
+    config, pack = replace(PANGU_1B, num_layers=8), [1024] * 8
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
+    mesh = Mesh(tp=tp, sequence_parallel=tp > 1, tp_group=dist.group.WORLD if tp > 1 else None)
+    _, peak, batch = traced_step(config, pack, recompute, mesh)
+    dist.destroy_process_group()  # the planner has a silent one of its own
+    layout = Layout(tp=tp, dp=1, sequence_parallel=tp > 1, recompute=recompute, pack_tokens=sum(pack))
+    with countable(KernelConfig(attention="npu", layer="npu")) as kernels:
+        plan = trainer_memory(
+            "distill",
+            config,
+            layout,
+            torch.bfloat16,
+            device="npu",
+            answer_tokens=len(batch.layout.answer_ids_A),
+            kernels=kernels,
+        )
+    assert peak == pytest.approx(plan.step, rel=0.01)

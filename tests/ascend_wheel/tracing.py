@@ -3,18 +3,24 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+from npd_ascend.config import OptimizerConfig
 from npd_ascend.model.decoder import Decoder, Kernels
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.parallel.plan import cut_model
+from npd_ascend.planner.layer import Live
 from npd_ascend.records import Sample
 from npd_ascend.trainer.objectives import Batch, Objective, make_batch
+from npd_ascend.trainer.optimizer import MasterAdamW
+from npd_ascend.trainer.step import train_step
 from npd_kernels.packed_attention import impl_npu
 
 NPU = torch.device("npu:0")
@@ -37,6 +43,13 @@ PANGU_1B = DecoderConfig(
 )
 
 
+class Like(NamedTuple):
+    """What is kept of a tensor that was given to an operator: the tensor would not be freed when the step does."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Watch(TorchDispatchMode):
     """Counts the operators that are dispatched, and the places where the host would wait for the device."""
 
@@ -53,7 +66,9 @@ class Watch(TorchDispatchMode):
         self.operators[name] += 1
         if name.startswith("npu::"):
             names = [argument.name for argument in func._schema.arguments]
-            self.fused_calls.append((name.removeprefix("npu::"), {**dict(zip(names, args, strict=False)), **kwargs}))
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = tree_map_only(torch.Tensor, lambda x: Like(x.shape, x.dtype), given)
+            self.fused_calls.append((name.removeprefix("npu::"), given))
         if name == "aten::_local_scalar_dense":  # item(), tolist(), float(), bool()
             self.waits.append(name)
             return 1.0
@@ -105,6 +120,19 @@ def fake_batch(sample_lens: list[int], top_k: int, mesh: Mesh = ALONE) -> Batch:
         for at, length in enumerate(sample_lens)
     ]
     return make_batch(samples, objective(), NPU, mesh.row_multiple)
+
+
+def traced_step(config: DecoderConfig, pack: list[int], recompute: str, mesh: Mesh) -> tuple[Watch, int, Batch]:
+    """(what was seen of a training step, the most bytes that were there during it, its batch)."""
+    with tracing() as watch, Live() as live:
+        model = fake_decoder(config, recompute, mesh)
+        optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
+        watch.waits.clear()
+        watch.operators.clear()
+        batch = fake_batch(pack, 10, mesh)
+        live.peak = live.bytes
+        train_step(model, [batch], optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
+    return watch, live.peak, batch
 
 
 def objective(loss_impl: str = "chunked") -> Objective:
