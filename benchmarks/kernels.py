@@ -24,6 +24,7 @@ from kernel_contestants import ATTENTION, DIVERGENCE, LOSS, Heads, make_heads, m
 from peak import peak_bytes
 
 from npd_ascend.device import open_device
+from npd_kernels.streaming import CHUNK_BYTES
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["attention", "loss", "divergence"])
     parser.add_argument("--tokens", type=int, help="of the loss and the divergence; default: 512 on cpu, else 8192")
     parser.add_argument("--vocabulary", type=int, default=153_376)
+    parser.add_argument("--chunk-mib", type=int, help="of float32 logits; default: npd_kernels.streaming's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", nargs=2, metavar=("SHAPE", "NAME"), help=argparse.SUPPRESS)
@@ -42,6 +44,8 @@ def main() -> None:
         open_device(args.device, 0)  # brings torch_npu
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     args.tokens = args.tokens or (512 if args.device == "cpu" else 8192)
+    if args.chunk_mib:
+        CHUNK_BYTES[args.device] = args.chunk_mib * 2**20
     cases = shapes(args)
     if args.peak_of:
         shape, name = args.peak_of
@@ -158,6 +162,7 @@ def _peak_bytes(shape: str, name: str, step: Callable, args: argparse.Namespace)
         step()
         return device.max_memory_allocated() - before
     options = [f"--{key}={getattr(args, key)}" for key in ("device", "dtype", "tokens", "vocabulary", "threads")]
+    options += [f"--chunk-mib={args.chunk_mib}"] if args.chunk_mib else []
     command = [sys.executable, __file__, *options, "--peak-of", shape, name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

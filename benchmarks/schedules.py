@@ -41,6 +41,8 @@ def main() -> None:
 
 
 def run(config: Path, folder: Path, overrides: list[str]) -> None:
+    if (folder / "summary.json").exists():
+        return
     command = [sys.executable, "-m", "npd_ascend", "run", "--config", str(config), f"run.folder={folder}", *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr)
 

@@ -139,15 +139,13 @@ def floors(row: dict, rates: dict, pair: Pair) -> dict[str, float]:
 
 
 def _verdict(rows: dict[str, dict], pair: Pair) -> list[str]:
-    names = list(_racing(rows))
     npd = next(row for row in _racing(rows).values() if row["settings"].get("loss") == "tail" and row["lr"] == pair.lr)
-    opponent = max((rows[name] for name in names if rows[name]["trainer"]), key=per_hour)
+    opponent = max((row for row in _racing(rows).values() if row["trainer"]), key=per_hour)
     step, floor = npd["split"]["student"] / npd["passes"], floors(npd, rows["rates"], pair)
-    fastest = max((per_hour(row), name) for name, row in rows.items() if row.get("trainer") and name not in names)
     measured_s = opponent["seconds"] / opponent["passes"]
     return [
-        f"Fastest row of TRL: {fastest[1]}, {fastest[0]:,.0f} samples/h; NPD {per_hour(npd):,.0f} samples/h, "
-        f"{per_hour(npd) / fastest[0]:.2f} times as many.",
+        f"In the race the faster of TRL makes {per_hour(opponent):,.0f} samples/h, NPD with the tail "
+        f"{per_hour(npd):,.0f}, {per_hour(npd) / per_hour(opponent):.2f} times as many.",
         f"The faster of TRL in the race takes {measured_s:.3g} s per gradient pass; {TARGET} times as fast would be "
         f"{measured_s / TARGET:.3g} s. NPD's student step alone takes {step:.3g} s, at its floor "
         f"{floor['student']:.3g} s; with every stage at its floor NPD would take {sum(floor.values()):.3g} s, "
