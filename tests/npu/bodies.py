@@ -5,10 +5,14 @@ in the kernels' own tests; tests/test_npu_bodies.py runs all of it on CPU and pl
 """
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from npd_ascend.config import OptimizerConfig
 from npd_ascend.model.decoder import PLAIN, Decoder, Kernels, initialise
@@ -25,6 +29,9 @@ from npd_kernels import token_loss as loss_operation
 CPU = torch.device("cpu")
 # a device adds in another order and rounds its own transcendental functions
 SLACK, FLOOR_EPS = 2.0, 8
+ADDITION = Path(__file__).parent.parent.parent / "configs" / "addition_cpu.yaml"
+SOME_STEPS = ["data.gold.count=100", "sft.epochs=3", "sft.packs_per_step=2", "npd=null"]
+STUDENTS_APART = 1e-2  # after six steps in float32; ranks on a CPU are 4e-5 apart, a tenth more learning rate 9e-2
 LENGTHS = [1, 17, 17, 64, 3, 3, 3, 29, 300]
 SHAPE = DecoderConfig(
     vocab_size=1024,
@@ -200,3 +207,21 @@ def whole_steps(device: torch.device, dtype: torch.dtype, kernels: Kernels, loss
 
     truth, plain = run(CPU, torch.float32, PLAIN, "chunked"), run(CPU, dtype, PLAIN, "chunked")
     return judge([f"loss of step {i}" for i in range(3)], run(device, dtype, kernels, loss_impl), plain, truth, dtype)
+
+
+def ranks(words: Sequence[str], folder: Path) -> list[Judged]:
+    """How far the student that `npd sft` trains with `words` is from that of one rank on the CPU.
+
+    As a share of the way that the latter has gone, parameter by parameter.
+    """
+
+    def student(name: str, *more: str) -> dict[str, torch.Tensor]:
+        command = [sys.executable, "-m", "npd_ascend", "sft", "--config", str(ADDITION), f"run.folder={folder / name}"]
+        done = subprocess.run([*command, *SOME_STEPS, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return load_file(folder / name / "student" / "model.safetensors")
+
+    start = load_file(ADDITION.parent / "addition" / "student" / "model.safetensors")
+    wanted, got = student("one"), student("ranks", *words)
+    apart = {name: float((got[name] - w).norm() / (w - start[name]).norm()) for name, w in wanted.items()}
+    return [Judged(name, share, STUDENTS_APART) for name, share in apart.items()]

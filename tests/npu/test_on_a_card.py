@@ -1,4 +1,7 @@
-"""Every implementation that an NPU can run, and training steps with it, against float64 on the CPU."""
+"""Every implementation that an NPU can run, and training steps with it, against float64 on the CPU.
+
+Last, where there are cards enough, the ranks of a trainer on HCCL against one rank on the CPU.
+"""
 
 import bodies
 import pytest
@@ -58,3 +61,13 @@ def test_gradients_of_a_step_with_plain_operators(card, check, dtype):
 @DTYPES
 def test_three_updates(card, check, dtype):
     check(bodies.whole_steps(card, dtype, Kernels("npu", "npu"), "chunked"))
+
+
+@pytest.mark.parametrize("layout", [(1, 2), (2, 1), (2, 2)], ids="tp {0[0]}, dp {0[1]}".format)
+def test_ranks_on_cards_train_the_student_of_a_cpu(card, check, tmp_path, layout):
+    tp, dp = layout
+    if (count := torch.get_device_module(card).device_count()) < tp * dp:
+        pytest.skip(f"wants {tp * dp} cards, {count} are visible")
+    words = [f"device.kind={card.type}", f"parallel.tp={tp}", f"parallel.dp={dp}"]
+    words += [f"parallel.sequence_parallel={str(tp > 1).lower()}", "kernels.attention=npu", "kernels.layer=npu"]
+    check(bodies.ranks(words, tmp_path))
