@@ -12,31 +12,17 @@ PACK = [1024] * 32
 
 def main() -> None:
     open_wheel()
-    import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from tracing import PANGU_1B, traced_step
+    from tracing import PANGU_1B, planned_step, traced_step
 
-    from npd_ascend.config import KernelConfig
     from npd_ascend.parallel.mesh import Mesh
-    from npd_ascend.planner.fused import countable
-    from npd_ascend.planner.memory import Layout, trainer_memory
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     mesh = Mesh(tp=2, sequence_parallel=True, tp_group=dist.group.WORLD)
     watch, peak, batch = traced_step(PANGU_1B, PACK, "selective", mesh)
     dist.destroy_process_group()  # the planner has a silent one of its own
-    layout = Layout(tp=2, dp=1, sequence_parallel=True, recompute="selective", pack_tokens=sum(PACK))
-    with countable(KernelConfig(attention="npu", layer="npu")) as kernels:
-        memory = trainer_memory(
-            "distill",
-            PANGU_1B,
-            layout,
-            torch.bfloat16,
-            device="npu",
-            answer_tokens=len(batch.layout.answer_ids_A),
-            kernels=kernels,
-        )
+    planned = planned_step(PANGU_1B, PACK, "selective", 2, batch)
     print(f"openPangu-1B, tp 2 with sequence parallelism, {sum(PACK):,} tokens: forward, backward, clip, AdamW")
     own = {name: count for name, count in watch.operators.items() if name.startswith(("npu::", "c10d::"))}
     for name, count in sorted(own.items(), key=lambda item: -item[1]):
@@ -45,7 +31,7 @@ def main() -> None:
     line = "of torch itself: " + ", ".join(f"{name} {rest[name]}" for name in sorted(rest))
     print(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
     print(f"  {'waits of the host for the device in the step':<44}{len(watch.waits):>6}")
-    gib = [f"{size / 2**30:.1f}" for size in (peak, memory.step)]
+    gib = [f"{size / 2**30:.1f}" for size in (peak, planned)]
     print(f"  peak of the step {gib[0]} GiB as traced, {gib[1]} GiB as planned, without workspace and buffers of HCCL")
 
 

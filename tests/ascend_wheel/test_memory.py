@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from tracing import PANGU_1B, traced_step
+from tracing import PANGU_1B, planned_step, traced_step
 
 from npd_ascend.config import KernelConfig
 from npd_ascend.model.decoder import PLAIN, Kernels
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.planner.fused import countable
 from npd_ascend.planner.layer import LayerBytes, count_layer
-from npd_ascend.planner.memory import Layout, trainer_memory
 from npd_kernels.packed_attention import impl_npu
 
 TOKENS = 4096
@@ -40,15 +39,4 @@ def test_a_whole_step_takes_what_was_planned(tp, recompute):
     mesh = Mesh(tp=tp, sequence_parallel=tp > 1, tp_group=dist.group.WORLD if tp > 1 else None)
     _, peak, batch = traced_step(config, pack, recompute, mesh)
     dist.destroy_process_group()  # the planner has a silent one of its own
-    layout = Layout(tp=tp, dp=1, sequence_parallel=tp > 1, recompute=recompute, pack_tokens=sum(pack))
-    with countable(KernelConfig(attention="npu", layer="npu")) as kernels:
-        plan = trainer_memory(
-            "distill",
-            config,
-            layout,
-            torch.bfloat16,
-            device="npu",
-            answer_tokens=len(batch.layout.answer_ids_A),
-            kernels=kernels,
-        )
-    assert peak == pytest.approx(plan.step, rel=0.01)
+    assert peak == pytest.approx(planned_step(config, pack, recompute, tp, batch), rel=0.01)

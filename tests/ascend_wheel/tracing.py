@@ -11,12 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from npd_ascend.config import OptimizerConfig
+from npd_ascend.config import KernelConfig, OptimizerConfig
 from npd_ascend.model.decoder import Decoder, Kernels
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.parallel.plan import cut_model
+from npd_ascend.planner.fused import countable
 from npd_ascend.planner.layer import Live
+from npd_ascend.planner.memory import Layout, trainer_memory
 from npd_ascend.records import Sample
 from npd_ascend.trainer.objectives import Batch, Objective, make_batch
 from npd_ascend.trainer.optimizer import MasterAdamW
@@ -133,6 +135,16 @@ def traced_step(config: DecoderConfig, pack: list[int], recompute: str, mesh: Me
         live.peak = live.bytes
         train_step(model, [batch], optimizer, objective(), weight_sum=1.0, lr=1e-5, mesh=mesh)
     return watch, live.peak, batch
+
+
+def planned_step(config: DecoderConfig, pack: list[int], recompute: str, tp: int, batch: Batch) -> int:
+    """Bytes that the planner counts for the same step, without buffers of HCCL."""
+    layout = Layout(tp=tp, dp=1, sequence_parallel=tp > 1, recompute=recompute, pack_tokens=sum(pack))
+    answers = len(batch.layout.answer_ids_A)
+    with countable(KernelConfig(attention="npu", layer="npu")) as kernels:
+        return trainer_memory(
+            "distill", config, layout, torch.bfloat16, device="npu", answer_tokens=answers, kernels=kernels
+        ).step
 
 
 def objective(loss_impl: str = "chunked") -> Objective:
