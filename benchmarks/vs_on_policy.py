@@ -7,7 +7,7 @@ The teacher folder is made by launch/smollm2_cpu.sh, the interpreter for TRL wit
 QUESTIONS has "question" and "answer" in each line (GSM8K). Short rows measure rates and where time goes; then the
 fastest of TRL with bfloat16 weights, which have no masters there, and with float32 ones, the fastest synchronous row
 of ours, the fastest NPD, and NPD's schedule with the teacher's tail and with the dense divergence race to the same
-held-out divergence, each for as many gradient passes; TRL's fastest does so at a second learning rate too.
+held-out divergence, each for as many gradient passes; TRL's fastest and NPD with the tail do so at a second learning rate too.
 
 A row that is in FOLDER/rows.jsonl is not measured again, so the same command goes on where it was stopped.
 """
@@ -58,7 +58,7 @@ class Comparison:
             self._fastest([row for row in trl if row.dtype != "bfloat16"]),
         ]
         lr = self.pair.lr
-        for row, rate in [(opponent, lr / 3), *((row, lr) for row in contestants)]:
+        for row, rate in [(opponent, lr / 3), (ours[-2], lr / 3), *((row, lr) for row in contestants)]:
             name = f"race: {row.name}, lr {rate:.2g}"
             self._once(name, lambda row=row, rate=rate: self._measure(row, rate, race=True))
 

@@ -21,7 +21,7 @@ environment() {
   "$python" -m venv "$folder"
   local files=()
   for file in "$@"; do files+=(-r "$file"); done
-  # Python compiles the few modules that are used when they are; all of torch takes pip half of the time
+  # Python compiles the few modules that are used when they are; compiling all of torch would take pip long
   "$folder/bin/pip" install --quiet --disable-pip-version-check --no-compile "${options[@]}" "${files[@]}"
   "$folder/bin/pip" install --quiet --disable-pip-version-check --no-deps --editable .
   touch "$stamp"

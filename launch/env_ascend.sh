@@ -41,7 +41,7 @@ export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}
 # of a rollout engine that share a card on the same few cores.
 export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}
 
-# Seconds until two ranks must have met (default 120, +20 in fact). Ranks load their weights before they first talk,
+# Seconds until two ranks must have met (default 120). Ranks load their weights before they first talk,
 # and a cold disk takes longer than that for one of them.
 export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1200}
 
