@@ -7,7 +7,8 @@ The teacher folder is made by launch/smollm2_cpu.sh, the interpreter for TRL wit
 QUESTIONS has "question" and "answer" in each line (GSM8K). Short rows measure rates and where time goes; then the
 fastest of TRL with bfloat16 weights, which have no masters there, and with float32 ones, the fastest synchronous row
 of ours, the fastest NPD, and NPD's schedule with the teacher's tail and with the dense divergence race to the same
-held-out divergence, each for as many gradient passes; TRL's fastest and NPD with the tail do so at a second learning rate too.
+held-out divergence, each for as many gradient passes; TRL's fastest and NPD with the tail at a second learning rate
+too.
 
 A row that is in FOLDER/rows.jsonl is not measured again, so the same command goes on where it was stopped.
 """
