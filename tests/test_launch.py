@@ -73,7 +73,7 @@ def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
 
 @pytest.mark.slow
 def test_npd_run_starts_ranks_again_of_which_one_hangs(tmp_path):
-    more = ["parallel.tp=2", "parallel.timeout_s=8", "sft.epochs=40", "sft.checkpoint_every_steps=5", "npd=null"]
+    more = ["parallel.tp=2", "parallel.timeout_s=8", "sft.epochs=20", "sft.checkpoint_every_steps=5", "npd=null"]
     command = [word if word != "sft" else "run" for word in _command(tmp_path / "run", *more)]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
     ranks = _wait_for(lambda: _ranks(run.pid) if _steps(tmp_path / "run") > 12 else None)

@@ -49,7 +49,7 @@ def test_right_code_passes(body, dtype):
 def test_ranks_train_the_student_of_one_and_another_learning_rate_does_not(tmp_path):
     two = ["parallel.tp=2", "parallel.sequence_parallel=true"]
     assert [row for row in bodies.ranks(two, tmp_path / "right") if not row.passed] == []
-    assert not all(row.passed for row in bodies.ranks([*two, "sft.optimizer.lr=3.3e-3"], tmp_path / "wrong"))
+    assert not all(row.passed for row in bodies.ranks(["sft.optimizer.lr=3.3e-3"], tmp_path / "wrong"))
 
 
 class _Mistaken:
