@@ -41,9 +41,9 @@ def main() -> None:
 
 
 def run(config: Path, folder: Path, overrides: list[str]) -> None:
-    if (folder / "summary.json").exists():
-        return
     command = [sys.executable, "-m", "npd_ascend", "run", "--config", str(config), f"run.folder={folder}", *overrides]
+    if (folder / "summary.json").exists():
+        command.append("--dry-run")  # refuses a finished run of another configuration, and adds nothing to its times
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
