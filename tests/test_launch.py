@@ -63,7 +63,7 @@ def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
     os.kill(second, signal_)
     stopped = time.monotonic()
     _, said = launcher.communicate(timeout=200)
-    assert time.monotonic() - stopped < 8 + 10 + 20  # time-out, grace, a slow machine
+    assert time.monotonic() - stopped < 8 + 10 + 60  # time-out, grace, a slow machine
     assert launcher.returncode == (128 + signal.SIGKILL if signal_ == signal.SIGKILL else 75)
     assert "rank 0 of 2 lost another rank or waited 8 s (parallel.timeout_s)" in said
     assert ("rank 1 was killed by SIGKILL" in said) == (signal_ == signal.SIGKILL)

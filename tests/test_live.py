@@ -278,7 +278,7 @@ def test_no_process_outlives_the_supervisor(start_long, tmp_path, signal_):
     os.kill(process.pid, signal_)
     process.communicate(timeout=200)
     assert process.returncode == (130 if signal_ == signal.SIGINT else -9)
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive.values()), 10)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in alive.values()))
 
 
 def test_a_damaged_shard_ends_the_run_and_is_named(reference, tmp_path):

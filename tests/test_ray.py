@@ -85,6 +85,7 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
 
 ASK_FOR_CARDS = """
 import sys
+import time
 from pathlib import Path
 from npd_ascend.config import load_config
 from npd_ascend.ray_nodes import RayProcess, join_cluster
@@ -96,7 +97,8 @@ logs = [Path(sys.argv[2]) / name for name in "ab"]
 until_both = " && ".join(f"[ -s {log} ]" for log in logs)
 command = ["sh", "-c", f"echo $ASCEND_RT_VISIBLE_DEVICES; until {until_both}; do sleep 0.1; done"]
 both = [RayProcess(command, log, config.ray_needs("rollout")) for log in logs]
-codes = [process.wait() or process.poll() for process in both]
+while None in (codes := [process.poll() for process in both]):
+    time.sleep(0.1)
 print(codes, sorted(log.read_text().strip() for log in logs))
 """
 
@@ -107,7 +109,8 @@ def test_workers_get_cards_that_the_trainer_leaves(cluster, tmp_path):
     add('--resources={"NPU": 2}', cards="6,7")
     config = [str(ROOT / "configs" / "addition_cpu.yaml"), str(tmp_path), "device.kind=npu", "processes.rollout=2"]
     config += [f"processes.ray={address}", "processes.teacher_needs={CPU: 1}"]
-    done = subprocess.run([sys.executable, "-c", ASK_FOR_CARDS, *config], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", ASK_FOR_CARDS, *config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "[0, 0] ['6', '7']", done.stderr
 
 

@@ -212,29 +212,27 @@ def test_a_trainer_that_does_not_answer_properly_is_left(tmp_path, answer):
             mac = line._mac
             line._mac = lambda side, number, payload: mac(side, number, payload + b" ")
             line.send({"meeting": "x"})
-        time.sleep(1.5)
+        left.wait(60)
 
-    thread = threading.Thread(target=serve)
+    left, thread = threading.Event(), threading.Thread(target=serve)
     thread.start()
-    started = time.monotonic()
     said = "does not have the token of this run, or a message was changed" if answer == "changed" else "said nothing"
     with pytest.raises(TransferError, match=said):
         Worker(tmp_path, timeout_s=0.7).take(1)
-    assert time.monotonic() - started < 1.4
+    assert thread.is_alive()  # the trainer has not hung up
+    left.set()
     thread.join()
 
 
-def test_a_trainer_that_dies_or_hangs_in_the_middle_is_left_in_time(source, tmp_path):
+def test_a_trainer_that_dies_or_hangs_in_the_middle_is_left(source, tmp_path):
     worker, first = Worker(tmp_path), Trainer(tmp_path, source)
     first.ask("publish", 1, PROMPTS)
 
     def check_left(trainer, how):
         trainer.ask("damage", (), 2)
         threading.Thread(target=trainer.signal_when_stopped, args=[how]).start()
-        started = time.monotonic()
         with pytest.raises(TransferError, match="weight version 1 did not come from memory"):
             worker.take(1)
-        assert time.monotonic() - started < 1.5 * TIMEOUT_S
 
     check_left(first, signal.SIGKILL)
     first.process.join()
