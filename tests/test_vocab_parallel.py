@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from npd_kernels import streaming
-from npd_kernels.token_loss import VocabShard, greedy_ids, token_logprobs, token_loss
+from npd_kernels.token_loss import VocabShard, entropies, greedy_ids, token_logprobs, token_loss
 
 TOKENS, VOCAB, HIDDEN, SLOTS = 67, 251, 29, 4
 
@@ -177,3 +177,43 @@ def test_mistakes_in_greedy_decoding_are_caught(ranks, mistake):
     assert not all(
         torch.equal(ids_T, right_T) for ids_T in ranks.run(greedy_on_one_rank, (4, 1, False), VOCAB, mistake)
     )
+
+
+def entropies_on_one_rank(mesh, mistake=""):
+    streaming.CHUNK_BYTES = {"cpu": 16 * 4 * 128}
+    hidden_TD, whole_VD = (x.float() for x in entropy_inputs())
+    rows = -(-VOCAB // mesh.tp)
+    start, stop = mesh.tp_rank * rows, min((mesh.tp_rank + 1) * rows, VOCAB)
+    head_VD = torch.cat([whole_VD[start:stop], whole_VD[: rows - (stop - start)]])
+    stop = start + rows if mistake == "padding unmasked" else stop
+    shard = VocabShard(start, stop, None if mistake == "each for itself" else mesh.tp_group)
+    return entropies(hidden_TD, head_VD, shard=shard)
+
+
+def entropy_inputs():
+    """Float64; from almost certain to almost flat."""
+    hidden_TD, weight_VD, _, _, decades = inputs(torch.float64)
+    return hidden_TD * decades[:, None].clamp(max=10), weight_VD
+
+
+def entropies_by_hand(dtype):
+    hidden_TD, weight_VD = (x.to(dtype) for x in entropy_inputs())
+    logprobs_TV = (hidden_TD @ weight_VD.T).log_softmax(-1)
+    return -(logprobs_TV.exp() * logprobs_TV).sum(-1)
+
+
+@pytest.mark.parametrize("layout", [(2, 1, False), (3, 1, False), (4, 1, False)], ids=str)
+def test_entropies_cut_or_whole(ranks, layout):
+    wanted_T = entropies_by_hand(torch.float64)
+    assert wanted_T.min() < 0.1 < 5 < wanted_T.max()
+    plain_error = (entropies_by_hand(torch.float32) - wanted_T).abs().max()
+    whole_T = entropies(*(x.float() for x in entropy_inputs()))
+    for entropy_T in [whole_T, *ranks.run(entropies_on_one_rank, layout)]:
+        assert (entropy_T - wanted_T).abs().max() < 4 * plain_error
+
+
+@pytest.mark.parametrize("mistake", ["padding unmasked", "each for itself"])
+def test_mistakes_in_entropies_are_caught(ranks, mistake):
+    wanted_T = entropies_by_hand(torch.float64)
+    for entropy_T in ranks.run(entropies_on_one_rank, (4, 1, False), mistake):
+        assert (entropy_T - wanted_T).abs().max() > 1e-3

@@ -19,9 +19,10 @@ import torch
 from npd_kernels.shard import VocabShard
 
 from . import impl_chunked, impl_mindspeed, impl_npu, impl_triton, reference
+from .entropy import entropies
 from .greedy import greedy_ids
 
-__all__ = ["IMPLEMENTATIONS", "VocabShard", "greedy_ids", "token_logprobs", "token_loss"]
+__all__ = ["IMPLEMENTATIONS", "VocabShard", "entropies", "greedy_ids", "token_logprobs", "token_loss"]
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "reference": reference,
