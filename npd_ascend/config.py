@@ -188,7 +188,8 @@ class FilterConfig(Section):
 class EvalConfig(Section):
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(256, ge=1)
-    # held-out metrics in training, in optimizer steps; none: only in NPD, after its epochs or with its weight versions
+    # held-out metrics in training, in optimizer steps, among them length and entropy of answers to batch_size prompts;
+    # none: only in NPD, after its epochs or with its weight versions, and without answers
     every_steps: int | None = Field(None, ge=1)
 
 

@@ -36,6 +36,8 @@ METRICS = {
     "publish/busy_s": ("s", "of publishing it: checkpoint, canary, gathering from the ranks, writing"),
     "heldout/kl_teacher": ("nats/token", "KL(teacher || student) on held-out rollouts of version 0, teacher's top-k"),
     "heldout/exact_match": ("share", "held-out prompts whose reference answer greedy decoding would give"),
+    "heldout/answer_tokens": ("tokens", "in a greedy answer to a held-out prompt, mean; with evaluate.every_steps"),
+    "heldout/entropy": ("nats/token", "of the student's distribution at the tokens of those answers, mean"),
     "heldout/busy_s": ("s", "of measuring what a row has of heldout/"),
     "heldout/drift": (
         "nats/token",

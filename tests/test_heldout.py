@@ -1,4 +1,4 @@
-"""Exact match without generating, against `npd eval`; when held-out metrics are measured."""
+"""Exact match without generating, against `npd eval`; what is measured, and when."""
 
 import dataclasses
 import json
@@ -117,11 +117,12 @@ def test_planted_mistakes_are_seen(config, student, wanted, plant, monkeypatch):
     assert measured(config, student[0]) != pytest.approx(wanted, abs=1e-9)
 
 
-def test_prompts_without_answers_are_not_measured(config, student, tmp_path):
+def test_prompts_without_reference_answers_are_answered_and_not_compared(config, student, tmp_path):
     (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1"}\n')
     source = config.data.heldout.model_copy(update={"path": tmp_path / "bare.jsonl"})
     bare = config.model_copy(update={"data": config.data.model_copy(update={"heldout": source})})
-    assert heldout_references(bare, config.sft, ALONE).measure(student[0]) == {}
+    measured = heldout_references(bare, config.sft, ALONE).measure(student[0])
+    assert measured.keys() == {"heldout__answer_tokens", "heldout__entropy", "heldout__busy_s"}
     never = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"every_steps": None})})
     assert heldout_references(never, config.sft, ALONE) is None
 

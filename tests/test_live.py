@@ -81,6 +81,7 @@ def test_a_live_run_leaves_all_it_promises(reference):
     heldout = [row for row in rows if "heldout/kl_teacher" in row]
     assert [row["step"] for row in heldout] == [0, 8, 16, 19]
     assert heldout[-1]["heldout/exact_match"] == pytest.approx(summary["scores"]["npd"], abs=1e-6)
+    assert all(1 < row["heldout/answer_tokens"] <= 6 and row["heldout/entropy"] > 0 for row in heldout)
     assert all(row["rollout/entropy"] > 0 for row in rows if "rollout/tokens" in row)
     lags = [row["train/lag"] for row in rows if "train/lag" in row]
     assert summary["lag"] == pytest.approx(sum(lags) / len(lags))

@@ -106,7 +106,7 @@ def _kept_by_a_real_layer(mesh, config, recompute):
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0.01)
-    rotary = model._rotary([0, 512])
+    rotary = model.rotary(torch.arange(512))
     x_TD = torch.randn(512 // mesh.row_multiple, config.hidden_size).requires_grad_()
     with Live(*model.parameters(), *rotary, x_TD) as live:
         y_TD = recomputed(recompute == "full", model.layers[0], x_TD, rotary, [0, 512])

@@ -72,11 +72,16 @@ class Attention(nn.Module):
     def forward(self, x_TD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: Sequence[int]):
         return self.out(recomputed(self.recompute, self._attend, self.qkv(x_TD), rotary, cu_seqlens))
 
-    def _attend(self, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: Sequence[int]):
+    def rotated(self, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]):
+        """q [T, N, H], k and v [T, G, H] as attention takes them."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.split_sizes, -1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(x, rotary, impl=self.kernels.layer) for x in (q, k))
+        return q, k, v
+
+    def _attend(self, qkv: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: Sequence[int]):
+        q, k, v = self.rotated(qkv, rotary)
         return packed_attention(q, k, v, cu_seqlens, self.head_dim**-0.5, impl=self.kernels.attention).flatten(1)
 
 
@@ -138,17 +143,18 @@ class Decoder(nn.Module):
 
         token_ids_T: int64. cu_seqlens: host integers from 0 to T, see packed_attention.
         """
-        rotary = self._rotary(cu_seqlens)
+        lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+        # made there: a copy from the host would wait for all that the device has still to do
+        device = self.embed.weight.device
+        rotary = self.rotary(torch.cat([torch.arange(length, device=device) for length in lengths]))
         x_TD = self.embed(token_ids_T)
         for layer in self.layers:
             x_TD = recomputed(self._recompute, layer, x_TD, rotary, cu_seqlens)
         return self.norm(x_TD)
 
-    def _rotary(self, cu_seqlens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What rotates q and k of tokens at these positions of their samples."""
         weight = self.embed.weight
-        lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
-        # made there: a copy from the host would wait for all that the device has still to do
-        positions_T = torch.cat([torch.arange(length, device=weight.device) for length in lengths])
         half = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=weight.device)
         frequency_h = 1.0 / self.config.rope_theta ** (half / self.config.head_dim)
         angle_TH = torch.outer(positions_T.float(), frequency_h).repeat(1, 2)

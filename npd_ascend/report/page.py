@@ -108,11 +108,13 @@ def _curves(run: RunFolder, rows: Sequence[Mapping]) -> list[dict]:
         curves[-1]["command"] = command
         if stage == "sft":
             curves += _exact_match_curve(plots.step_curve(rows, _EXACT_MATCH, "share", stage="sft"), "SFT")
+            curves += _answer_curves(rows, "sft")
     if config.npd:
         kl = plots.heldout_curve(rows, "heldout/kl_teacher", refreshes)
         kl_note = "KL(teacher ‖ student) on held-out rollouts of version 0, teacher's top-k"
         curves.append({"title": "Distance to the teacher", "note": kl_note, "figure": kl, "command": "distill"})
         curves += _exact_match_curve(plots.heldout_curve(rows, _EXACT_MATCH, refreshes, "share"), "NPD")
+        curves += _answer_curves(rows, "npd")
         curves += _stream_curves(run, rows) if config.npd.stream else [_drift_curve(rows, refreshes)]
     return curves + (_grpo_curves(rows, config.grpo.kl_weight > 0) if config.grpo else [])
 
@@ -121,6 +123,20 @@ def _exact_match_curve(figure, stage: str) -> list[dict]:
     """None where it was not measured: without evaluate.every_steps or without reference answers."""
     note = f"during {stage}: share of prompts whose reference answer greedy decoding gives"
     return [{"title": "Held-out exact match", "note": note, "figure": figure}] if figure else []
+
+
+def _answer_curves(rows: Sequence[Mapping], stage: str) -> list[dict]:
+    """None without evaluate.every_steps."""
+    table = [
+        ("Held-out answer length", "heldout/answer_tokens", "tokens", "mean over greedy answers"),
+        ("Held-out entropy", "heldout/entropy", "nats/token", "of the student at the tokens of its greedy answers"),
+    ]
+    figures = [plots.step_curve(rows, name, unit, stage=stage) for _, name, unit, _ in table]
+    return [
+        {"title": title, "note": f"during {stage.upper()}: {note}", "figure": figure}
+        for (title, _, _, note), figure in zip(table, figures, strict=True)
+        if figure
+    ]
 
 
 def _grpo_curves(rows: Sequence[Mapping], asks_reference: bool) -> list[dict]:
@@ -138,7 +154,7 @@ def _grpo_curves(rows: Sequence[Mapping], asks_reference: bool) -> list[dict]:
         {"title": title, "note": note, "figure": plots.step_curve(rows, name, unit, stage="grpo"), "command": "grpo"}
         for title, name, unit, note in table
     ]
-    return [curves[0], *heldout, *curves[1:]]
+    return [curves[0], *heldout, *_answer_curves(rows, "grpo"), *curves[1:]]
 
 
 def _drift_curve(rows: Sequence[Mapping], refreshes: Sequence[int]) -> dict:

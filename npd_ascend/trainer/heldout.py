@@ -1,5 +1,6 @@
-"""What is watched while training, without generating: distance to the teacher and drift from the generator on held-out
-rollouts, exact match on held-out prompts that have a reference answer."""
+"""What is watched while training: distance to the teacher and drift from the generator on held-out rollouts, exact
+match on held-out prompts that have a reference answer; none of them generates anything. Length and entropy are those
+of answers that the trainer gives itself."""
 
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from npd_ascend.model.decoder import Decoder
 from npd_ascend.packing import PackLayout, lay_out, pack_samples
 from npd_ascend.parallel.mesh import ALONE, Mesh
 from npd_ascend.records import Rollout, Sample, Score
+from npd_ascend.trainer.decoding import greedy_answers
 from npd_ascend.trainer.objectives import Batch, Objective, batch_loss, make_batch
 from npd_kernels.token_loss import greedy_ids, token_logprobs
 
@@ -37,13 +39,25 @@ class References:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Questions:
+    """Held-out prompts that the trainer answers by greedy decoding, `batch` at a time."""
+
+    prompts: Sequence[tuple[int, ...]]
+    batch: int
+    max_new_tokens: int
+    eos_id: int
+    vocab_size: int  # of the tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heldout:
     """Fixed batches: teacher's top-k on rollouts of version 0, log-probs of the newest generator on its own, reference
-    answers. What is not there is not measured."""
+    answers, prompts to answer. What is not there is not measured."""
 
     teacher_batches: Sequence[Batch] = ()
     generated: Sequence[Generated] = ()
     references: References | None = None
+    questions: Questions | None = None
     objective: Objective = _KL
     version: int = 0  # of the newest generator
 
@@ -51,7 +65,7 @@ class Heldout:
     def measure(self, model: Decoder, mesh: Mesh = ALONE) -> dict[str, float]:
         """Means over all held-out tokens or prompts, the batches shared among replicas; names with '__' for '/'."""
         started = time.perf_counter()
-        sums = torch.zeros(3, device=model.embed.weight.device)
+        sums = torch.zeros(5, device=model.embed.weight.device)
         mine = slice(mesh.dp_rank, None, mesh.dp)
         for batch in self.teacher_batches[mine]:
             hidden_AD = _hidden(model, batch)
@@ -61,7 +75,9 @@ class Heldout:
         if self.references:
             for layout in self.references.layouts[mine]:
                 sums[2] += exact_matches(model, layout, self.references.vocab_size)
-        kl_sum, total_drift, matches = mesh.sum_over_dp(sums).tolist()
+        if self.questions:
+            sums[3:] += torch.tensor(answer_sums(model, self.questions, mesh), device=sums.device)
+        kl_sum, total_drift, matches, given, entropy_sum = mesh.sum_over_dp(sums).tolist()
         measured: dict[str, float] = {}
         if self.teacher_batches:
             tokens = sum(len(batch.layout.answer_ids_A) for batch in self.teacher_batches)
@@ -71,6 +87,9 @@ class Heldout:
             measured |= {"heldout__drift": total_drift / tokens, "heldout__version": self.version}
         if self.references:
             measured["heldout__exact_match"] = matches / self.references.prompts
+        if self.questions:
+            measured["heldout__answer_tokens"] = given / len(self.questions.prompts)
+            measured["heldout__entropy"] = entropy_sum / given
         return measured and measured | {"heldout__busy_s": time.perf_counter() - started}
 
 
@@ -83,6 +102,7 @@ def make_heldout(
     device: torch.device,
     multiple_of: int = 1,
     references: References | None = None,
+    questions: Questions | None = None,
 ) -> Heldout:
     """first: held-out rollouts of version 0 with scores; newest: held-out rollouts of the newest version, perhaps
     none, and then drift is not measured."""
@@ -101,6 +121,7 @@ def make_heldout(
         teacher_batches=[make_batch(pack, objective, device, multiple_of) for pack in _packs(scored, pack_tokens)],
         generated=make_generated(newest, pack_tokens=pack_tokens, device=device, multiple_of=multiple_of),
         references=references,
+        questions=questions,
         objective=objective,
         version=newest[0].weight_version if newest else 0,
     )
@@ -150,6 +171,25 @@ def exact_matches(model: Decoder, layout: PackLayout, vocab_size: int) -> torch.
     wrong_A = (taken_A != layout.answer_ids_A).float()
     wrong_S = torch.zeros(len(lens), device=taken_A.device).index_add_(0, sample_A, wrong_A)
     return (wrong_S == 0).sum()
+
+
+def answer_sums(model: Decoder, questions: Questions, mesh: Mesh) -> tuple[int, float]:
+    """Tokens of this replica's answers, and their entropies added up, in nats."""
+    mine, size = questions.prompts[mesh.dp_rank :: mesh.dp], questions.batch
+    tokens, entropy = 0, 0.0
+    for at in range(0, len(mine), size):
+        prompts = mine[at : at + size]
+        answers = greedy_answers(
+            model,
+            [*prompts, *[prompts[0]] * (-len(prompts) % mesh.row_multiple)],
+            max_new_tokens=questions.max_new_tokens,
+            eos_id=questions.eos_id,
+            vocab_size=questions.vocab_size,
+        )
+        for answer in answers[: len(prompts)]:
+            tokens += len(answer.token_ids)
+            entropy += float(answer.entropies.sum(dtype=np.float64))
+    return tokens, entropy
 
 
 @torch.inference_mode()

@@ -7,10 +7,10 @@ from npd_ascend.device import open_device
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.prompts import max_prompt_tokens, read_heldout, read_prompts
-from npd_ascend.records import Rollout, Sample, Score
+from npd_ascend.records import Prompt, Rollout, Sample, Score
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
-from npd_ascend.trainer.heldout import Heldout, References, make_heldout, make_references
+from npd_ascend.trainer.heldout import Heldout, Questions, References, make_heldout, make_references
 
 _KINDS = ("rollouts", "scores", "decisions")
 
@@ -100,20 +100,51 @@ def heldout_in_shards(run: RunFolder, shards: Iterable[int], mesh: Mesh) -> Held
 
 
 def heldout_references(config: Config, stage: StageConfig, mesh: Mesh) -> Heldout | None:
-    """For SFT and GRPO, which have no held-out rollouts and measure exact match where evaluate.every_steps is set."""
+    """For SFT and GRPO, which have no held-out rollouts and measure the rest where evaluate.every_steps is set."""
     if config.evaluate.every_steps is None:
         return None
-    return Heldout(references=_references(config, stage.pack_tokens, mesh))
+    references, questions = _references_and_questions(config, stage.pack_tokens, mesh)
+    return Heldout(references=references, questions=questions)
 
 
-def _references(config: Config, pack_tokens: int, mesh: Mesh) -> References | None:
+def _references_and_questions(
+    config: Config, pack_tokens: int, mesh: Mesh
+) -> tuple[References | None, Questions | None]:
+    tokenizer, limit = ChatTokenizer(config.student.path), config.evaluate.max_new_tokens
+    prompts = read_heldout(config, tokenizer, limit)
+    return _references(config, tokenizer, prompts, pack_tokens, mesh), _questions(
+        config, tokenizer, prompts, pack_tokens
+    )
+
+
+def _questions(
+    config: Config, tokenizer: ChatTokenizer, prompts: Sequence[Prompt], pack_tokens: int
+) -> Questions | None:
+    """One batch of evaluation, at an interval of steps only: to answer takes longer than to look at what is there."""
+    chosen = [prompt.token_ids for prompt in prompts[: config.evaluate.batch_size]]
+    if config.evaluate.every_steps is None or not chosen:
+        return None
+    limit = config.evaluate.max_new_tokens
+    return Questions(
+        prompts=chosen,
+        # keys and values of a pack's tokens take no more room than its activations do in a step
+        batch=max(1, pack_tokens // (max(map(len, chosen)) + limit)),
+        max_new_tokens=limit,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def _references(
+    config: Config, tokenizer: ChatTokenizer, prompts: Sequence[Prompt], pack_tokens: int, mesh: Mesh
+) -> References | None:
     """Held-out prompts with the first evaluate.max_new_tokens tokens of answer and end token; None: no answers there.
 
     What `npd eval` counts but for this: it compares texts, without white space around them and without a thought before
     them. So it also takes other tokens of the same text, which this does not.
     """
-    tokenizer, limit = ChatTokenizer(config.student.path), config.evaluate.max_new_tokens
-    prompts = [prompt for prompt in read_heldout(config, tokenizer, limit) if prompt.answer is not None]
+    limit = config.evaluate.max_new_tokens
+    prompts = [prompt for prompt in prompts if prompt.answer is not None]
     if not prompts:
         return None
     ids = [tokenizer.encode_answer(prompt.answer) for prompt in prompts]
@@ -140,6 +171,7 @@ def _heldout(
     run: RunFolder, rollouts: list[Rollout], scores: list[Score], newest: list[Rollout], mesh: Mesh
 ) -> Heldout:
     score_of = {score.sample_id: score for score in scores}
+    references, questions = _references_and_questions(run.config, run.config.npd.pack_tokens, mesh)
     return make_heldout(
         [(rollout, score_of[rollout.sample_id]) for rollout in rollouts if rollout.heldout],
         newest,
@@ -147,5 +179,6 @@ def _heldout(
         loss_impl=run.config.kernels.loss,
         device=open_device(run.config.device.kind, run.config.device.threads),
         multiple_of=mesh.row_multiple,
-        references=_references(run.config, run.config.npd.pack_tokens, mesh),
+        references=references,
+        questions=questions,
     )
