@@ -28,6 +28,7 @@ if find_spec("lm_eval") is None:
     )
 
 import datasets
+from hub import npd_eval_from_hub
 from lm_eval_command import GROUPS, lm_eval_command, scores_of, subjects
 
 from npd_ascend.__main__ import main
@@ -234,6 +235,14 @@ def test_vllm_gives_the_scores_of_transformers(theirs):
     assert done.returncode == 0, done.stderr
     assert scores_of(folder / "vllm") == {name: scores[name] for name in asked}
     assert said_by(folder / "vllm", "gsm8k") == said_by(folder / "ours", "gsm8k")
+
+
+def test_from_the_hub_it_is_the_same(theirs):
+    """As datasets fetches it: another package's client, over HTTP, from the names that the hub has."""
+    folder, model, data, scores = theirs
+    (folder / "online").mkdir()
+    npd_eval_from_hub(folder / "online", npd_settings(folder / "online" / "scores", model, data), data)
+    assert scores_of(folder / "online" / "scores") == scores
 
 
 def test_a_wrong_stop_shows(theirs, monkeypatch):

@@ -18,8 +18,9 @@ if find_spec("lm_eval") is None:
     )
 
 import datasets
-from lm_eval_command import lm_eval_command
-from test_against_lm_eval import NEW_TOKENS, SHOTS, make_model, npd_eval, said_by, write_lines
+from hub import npd_eval_from_hub
+from lm_eval_command import lm_eval_command, scores_of
+from test_against_lm_eval import NEW_TOKENS, SHOTS, make_model, npd_eval, npd_settings, said_by, write_lines
 
 from npd_ascend.evaluate import engine_lm
 
@@ -101,3 +102,12 @@ def test_code_runs_only_where_it_was_allowed(theirs, tmp_path, capsys):
         npd_eval(tmp_path / "refused", model, {"mbpp": data["mbpp"]}, run_code_of=[])
     assert "run_code_of" in capsys.readouterr().err
     assert not list((tmp_path / "refused").rglob("questions-0.json"))
+
+
+def test_from_the_hub_it_is_the_same(theirs):
+    """The rows. The metric is the one in code_eval/, and the hub is not asked for it."""
+    folder, model, data, scores = theirs
+    (folder / "online").mkdir()
+    settings = npd_settings(folder / "online" / "scores", model, data)
+    npd_eval_from_hub(folder / "online", settings, data, cwd=Path(__file__).parent)
+    assert scores_of(folder / "online" / "scores") == scores
