@@ -1,6 +1,9 @@
 # Sourced by the launch scripts: makes a virtual environment once and again when its requirements change.
 # pip's own environment variables (an index, a proxy, a folder of wheels) apply as usual.
 
+# Many container images set it; every process would then compile all of torch that it imports, seconds each time
+unset PYTHONDONTWRITEBYTECODE
+
 # environment FOLDER [--no-deps] REQUIREMENTS...      --no-deps: the files name every package
 environment() {
   local folder=$1 stamp options=()
