@@ -66,8 +66,9 @@ What the planner (`npd plan`) says of {CARDS} NPUs of 64 GB; printed by `python 
 `tests/test_planner.py`. None of it was measured on an NPU. Parameters, flops and what layers keep are counted from the
 published configurations and this project's own layers, with stand-ins for torch_npu's fused operators that keep what
 its autograd keeps, to the byte (`tests/ascend_wheel`); workspaces of operators are not known and not counted. The
-planner's memory lies within 15% of the measured peak of real training steps on CPU, and within 1% of what whole steps
-of the 1B shape hold on fake NPU tensors under torch_npu's autograd (8 layers; both are tests). What is assumed:
+planner's memory lies within 15% of the measured peak of real training steps, of a teacher that scores and of rollouts
+with transformers on CPU (vLLM takes the cache that it is given), and within 1% of what whole steps of the 1B shape hold
+on fake NPU tensors under torch_npu's autograd (8 layers; all are tests). What is assumed:
 
 ```
 {rates_table(ASCEND)}

@@ -21,7 +21,7 @@ from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.plan import cut_model
 from npd_ascend.planner.command import _Asked
 from npd_ascend.planner.layer import Live, count_layer, silent_mesh
-from npd_ascend.planner.memory import Layout, trainer_memory
+from npd_ascend.planner.memory import Layout, rollout_memory, teacher_memory, trainer_memory
 from npd_ascend.planner.rates import ASCEND
 from npd_ascend.planner.timing import Samples, Workload, cycle, decode_tokens_per_s, step_seconds
 
@@ -96,6 +96,42 @@ def test_within_15_percent_of_real_steps(case):
     ):
         assert wrong != pytest.approx(measured["step"], rel=0.15)
     assert planned.checkpoint * 2 / 3 != pytest.approx(measured["checkpoint"], rel=0.15)
+
+
+def _scoring(pack_tokens, dtype, models=(UNTIED, TIED)):
+    return teacher_memory(*models, (DTYPES[dtype],) * 2, pack_tokens, device="cpu")
+
+
+def _generating(batch, new_tokens, dtype, config=UNTIED):
+    prompt_tokens = 64  # of measured_inference.py's
+    return rollout_memory(config, DTYPES[dtype], batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+
+
+@pytest.mark.parametrize(
+    ("planned", "keys"),
+    [
+        (_scoring, {"pack_tokens": 2048, "dtype": "float32"}),
+        (_scoring, {"pack_tokens": 512, "dtype": "bfloat16"}),
+        (_generating, {"batch": 8, "new_tokens": 512, "dtype": "float32"}),  # most are keys and values in the end
+        (_generating, {"batch": 32, "new_tokens": 64, "dtype": "bfloat16"}),  # most is the forward of the prompts
+    ],
+)
+def test_within_15_percent_of_real_scoring_and_generating(planned, keys):
+    models = (UNTIED, TIED) if planned is _scoring else (UNTIED,)
+    case = keys | {"role": planned.__name__, "configs": [config.__dict__ for config in models]}
+    command = [sys.executable, str(ROOT / "tests" / "measured_inference.py"), json.dumps(case)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "OMP_NUM_THREADS": "1"}
+    measured = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    memory = planned(**keys)
+    print(f"{keys}: measured {measured / 2**20:.0f} MiB, planned {memory.peak / measured:.3f} of it")
+    assert memory.peak == pytest.approx(measured, rel=0.15)
+    larger = memory.kv_cache or memory.loss
+    for wrong in (
+        memory.peak - memory.weights // len(models),  # a model left out
+        memory.peak + larger,
+        memory.peak - max(larger, memory.activations),
+    ):
+        assert wrong != pytest.approx(measured, rel=0.15)
 
 
 def _kept_by_a_real_layer(mesh, config, recompute):

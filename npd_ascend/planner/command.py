@@ -13,7 +13,6 @@ from npd_ascend.planner.fused import countable
 from npd_ascend.planner.memory import (
     Layout,
     Memory,
-    kv_bytes_per_token,
     rollout_memory,
     teacher_memory,
     trainer_memory,
@@ -143,15 +142,15 @@ class _Asked:
 
     def _npd_memory(self, layout: Layout) -> list[Memory]:
         config, rollout, kind = self._config, self._config.rollout, self._config.device.kind
-        dtype, per_token = DTYPES[rollout.dtype], kv_bytes_per_token(self._student, DTYPES[rollout.dtype])
-        cache = rollout.batch_size * (self._longest_prompt + rollout.max_new_tokens) * per_token
+        dtype = DTYPES[rollout.dtype]
         roles = [
             rollout_memory(
                 self._student,
                 dtype,
-                kv_cache_bytes=cache if rollout.engine == "hf" else int(rollout.kv_cache_gib * 2**30),
                 batch=rollout.batch_size,
                 prompt_tokens=self._longest_prompt,
+                new_tokens=rollout.max_new_tokens,
+                kv_cache_bytes=None if rollout.engine == "hf" else int(rollout.kv_cache_gib * 2**30),
             )
         ]
         if config.teacher.engine == "local":

@@ -20,8 +20,10 @@ from npd_ascend.planner.layer import count_layer, silent_mesh
 from npd_kernels.streaming import CHUNK_BYTES
 from npd_kernels.token_loss import IMPLEMENTATIONS
 
-# log-probs, their exponentials, the product with them, the sorted top-k: what teacher/local.py holds of a chunk
-_SCORE_COPIES = 4
+# log-probs, their exponentials and the product with them: what teacher/local.py holds of a chunk beside the logits
+_SCORE_COPIES = 3
+# log-probs, probabilities, and in float64 their running sum: what rollout/hf_engine.py holds to draw a token
+_DRAW_COPIES = 4
 # of masters and moments: ours, and two that torch.distributed.checkpoint makes of it (tests/test_planner.py)
 CHECKPOINT_COPIES = 3
 
@@ -177,22 +179,37 @@ def teacher_memory(
 
 
 def rollout_memory(
-    config: DecoderConfig, dtype: torch.dtype, *, kv_cache_bytes: int, batch: int, prompt_tokens: int
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    kv_cache_bytes: int | None = None,
 ) -> Memory:
-    """Of `npd rollout`. prompt_tokens: of the longest prompt, to which the others of a batch are padded."""
-    weights = dtype.itemsize * config.num_parameters
-    tokens = batch * prompt_tokens
-    working = (
-        count_layer(config, dtype, tokens, Mesh(), "off").forward + 2 * dtype.itemsize * config.hidden_size * tokens
+    """Of `npd rollout`. prompt_tokens: of the longest prompt, to which the others of a batch are padded.
+
+    kv_cache_bytes: of a cache that is there from the start, as vLLM's; None: it grows with the answers, layer by layer
+    and copied as it does, as rollout/hf_engine.py's.
+    """
+    weights, per_token = dtype.itemsize * config.num_parameters, kv_bytes_per_token(config, dtype)
+    prompts = batch * prompt_tokens
+    prefill = (
+        count_layer(config, dtype, prompts, Mesh(), "off").forward + 2 * dtype.itemsize * config.hidden_size * prompts
     )
-    logits = batch * config.vocab_size * (dtype.itemsize + 4 * _SCORE_COPIES)
+    logits = batch * config.vocab_size * (dtype.itemsize + 4 * _DRAW_COPIES)
+    if kv_cache_bytes is None:
+        first, last = per_token * prompts, per_token * batch * (prompt_tokens + new_tokens)
+        copied = last // (2 * config.num_layers)
+    else:
+        first, last, copied = kv_cache_bytes, kv_cache_bytes, 0
     return Memory(
         role="rollout",
         weights=weights,
-        activations=working,
+        activations=prefill,
         loss=logits,
-        kv_cache=kv_cache_bytes,
-        peak=weights + kv_cache_bytes + max(working, logits),
+        kv_cache=last,
+        peak=weights + max(first + prefill, last + max(logits, copied)),
     )
 
 
