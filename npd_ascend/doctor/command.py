@@ -11,7 +11,7 @@ from npd_ascend.doctor.compute import compute_findings
 from npd_ascend.doctor.device import NO_NPU, device_findings, import_finding, run_npu_smi
 from npd_ascend.doctor.finding import Finding
 from npd_ascend.doctor.host import clock_finding, disk_finding, port_finding, vllm_finding
-from npd_ascend.doctor.versions import version_finding
+from npd_ascend.doctor.versions import driver_of_row, version_finding
 from npd_ascend.errors import UserError
 from npd_ascend.ranks import this_node
 
@@ -31,7 +31,7 @@ def examine(config: Config | None, npu_smi: str | None) -> list[Finding]:
     kind = config.device.kind if config else ("cpu" if npu_smi is None else accelerator())
     folder = config.run.folder if config else Path("runs") / "doctor"
     # a run is about to take the cards; else they may well be at work
-    findings = device_findings(npu_smi, "failed" if config and kind != "cpu" else "warning")
+    findings = device_findings(npu_smi, "failed" if config and kind != "cpu" else "warning", driver_of_row())
     if kind == "cpu":
         # pyproject.toml allows other versions than those that the numbers were made with
         findings.append(version_finding("requirements.txt", "warning"))
@@ -62,13 +62,10 @@ def _device_at_work(config: Config | None, kind: str, no_card: bool) -> list[Fin
     impls = ["sdpa"] if kind == "cpu" else ["sdpa", kind]  # the fused one has the device's name
     if config and config.kernels.attention != "reference":
         impls.append(config.kernels.attention)
-    # of several nodes, the replicas that train on this one
-    tp, dp = (
-        (config.parallel.tp, max(1, config.parallel.dp // this_node().count)) if config else (1, _all_ranks(device))
-    )
+    tp, dp = (config.parallel.tp, config.parallel.dp) if config else (1, _all_ranks(device))
     return [*compute_findings(device, impls), *collective_findings(kind, tp, dp)]
 
 
 def _all_ranks(device: torch.device) -> int:
-    """Every card, or two processes on CPU."""
-    return 2 if device.type == "cpu" else torch.get_device_module(device).device_count()
+    """Every card of every node, or two processes on CPU."""
+    return this_node().count * (2 if device.type == "cpu" else torch.get_device_module(device).device_count())

@@ -93,8 +93,10 @@ def _chip(above: list[str], cells: list[str], index: int) -> Chip:
     return Chip(index, above[0].split()[-1], above[1], int(used), int(total))
 
 
-def device_findings(text: str | None, if_busy: Literal["warning", "failed"] = "warning") -> list[Finding]:
-    """text: of run_npu_smi. if_busy: what a visible card is with memory in use."""
+def device_findings(
+    text: str | None, if_busy: Literal["warning", "failed"] = "warning", row_driver: str | None = None
+) -> list[Finding]:
+    """text: of run_npu_smi. if_busy: what a visible card is with memory in use. row_driver: an older one is told."""
     if text is None:
         return [Finding(check, "not applicable", NO_NPU) for check in CHECKS]
     try:
@@ -103,12 +105,25 @@ def device_findings(text: str | None, if_busy: Literal["warning", "failed"] = "w
         said = f"npu-smi info shows no chip ({error}); install driver and firmware, or give the container its devices"
         return [Finding("driver", "failed", said)]
     return [
-        Finding("driver", "ok", f"{table.driver}, {len(table.chips)} chips, {table.chips[0].name}"),
+        _driver(table, row_driver),
         _health(_seen(table.chips)),
         _memory(table, if_busy),
         _visible(len(table.chips)),
         _cann(),
     ]
+
+
+def _driver(table: Table, row_driver: str | None) -> Finding:
+    said = f"{table.driver}, {len(table.chips)} chips, {table.chips[0].name}"
+    if row_driver and _release(table.driver) < _release(row_driver):
+        older = f"older than {row_driver}, on which others run the row of requirements-npu.txt"
+        return Finding("driver", "warning", f"{said}; {older}; CANN's release note names the drivers it goes with")
+    return Finding("driver", "ok", said)
+
+
+def _release(version: str) -> list[int]:
+    """24.1.rc2 and 24.1.0.3 are of one release."""
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
 def _health(chips: list[Chip]) -> Finding:

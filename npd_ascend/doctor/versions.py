@@ -1,7 +1,7 @@
 """The installed versions against one row that belongs together: requirements-npu.txt, or requirements.txt on CPU.
 
 Both are read from the files themselves. In requirements-npu.txt `#:` marks what pip does not install, `#?` what may be
-missing.
+missing, `#>` the driver, which may be newer.
 """
 
 import re
@@ -21,6 +21,12 @@ def read_row(path: Path) -> list[tuple[str, str, bool]]:
     """(package, version, whether it must be there) in the order of the file."""
     found = (_LINE.match(line) for line in path.read_text().splitlines())
     return [(m["name"], m["version"], m["mark"] != "#? ") for m in found if m]
+
+
+def driver_of_row(path: Path = ROOT / "requirements-npu.txt") -> str | None:
+    """Of NPUs; None without the file, as where the package alone was installed."""
+    found = re.search(r"^#> driver==(\S+)", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found.group(1) if found else None
 
 
 def installed(name: str) -> str | None:
