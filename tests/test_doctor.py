@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -11,12 +13,12 @@ from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
 from npd_ascend.config import load_config
-from npd_ascend.doctor import compute, device
+from npd_ascend.doctor import collectives, compute, device
 from npd_ascend.doctor.collectives import collective_findings
 from npd_ascend.doctor.command import examine
 from npd_ascend.doctor.device import Chip, device_findings, parse_npu_smi
 from npd_ascend.doctor.host import clock_finding, disk_finding, port_finding
-from npd_ascend.doctor.versions import ROOT, read_row, version_finding
+from npd_ascend.doctor.versions import ROOT, driver_of_row, read_row, version_finding
 from npd_kernels.packed_attention import impl_sdpa
 
 # https://github.com/vllm-project/vllm-ascend/issues/1767 (first two of eight chips)
@@ -86,7 +88,7 @@ def test_posted_tables_are_read():
 
 def test_a_healthy_machine():
     found = _by_check(device_findings(A2))
-    assert found["driver"].detail == "24.1.0.3, 2 chips, 910B2"
+    assert (found["driver"].status, found["driver"].detail) == ("ok", "24.1.0.3, 2 chips, 910B2")
     assert found["NPU health"].status == found["NPU memory"].status == found["visible NPUs"].status == "ok"
     assert found["NPU memory"].detail == "at least 62139 of 65536 MB free"
     assert found["CANN"].status == "failed"  # its variables are not there
@@ -109,6 +111,23 @@ def test_an_ill_chip_and_a_busy_one_are_named(monkeypatch):
         "chip 1 has 31877 of 65536 MB in use (python3.1 632268); end that first, or leave the chip out with "
         "ASCEND_RT_VISIBLE_DEVICES"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "status"),
+    [
+        ("26.0.rc1", "warning"),
+        ("24.2.0", "warning"),
+        ("24.1.rc2", "ok"),
+        ("24.1.1", "ok"),
+        ("23.0.3", "ok"),
+        (None, "ok"),
+    ],
+)
+def test_a_driver_older_than_the_rows_is_told(row, status):
+    assert _by_check(device_findings(A2, row_driver=row))["driver"].status == status
+    assert driver_of_row() == "26.0.rc1"
+    assert driver_of_row(ROOT / "requirements.txt") is None
 
 
 def test_a_driver_that_does_not_answer_is_no_empty_machine():
@@ -182,10 +201,39 @@ def test_sums_over_real_ranks_and_a_rank_that_dies(monkeypatch):
     assert "torch_npu does not load" in finding.detail
 
 
+def _as_node(rank: int, port: int) -> dict[str, str]:
+    names = {"NNODES": 2, "NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+def test_sums_over_two_nodes_and_a_node_that_does_not_come(monkeypatch):
+    """tp on each, dp over both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ask = "from npd_ascend.doctor.collectives import collective_findings as ask; print(*ask('cpu', 2, 2), sep='\\n')"
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ask], env=os.environ | _as_node(rank, port), stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for node in nodes:
+        said = node.communicate(timeout=240)[0]
+        assert re.findall(r"check='(.*?)', status='(.*?)'", said) == [
+            ("all_reduce over tp=2", "ok"),
+            ("all_reduce over dp=2", "ok"),
+        ]
+    for name, value in _as_node(0, port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(collectives, "NODES_S", 8)
+    (finding,) = collective_findings("cpu", 2, 2)
+    assert finding.status == "failed"
+    assert "no answer within 8 s; start it on every node at about the same time" in finding.detail
+
+
 def test_ports(monkeypatch):
     assert port_finding().status == "not applicable"
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = taken.getsockname()[1]
@@ -256,6 +304,6 @@ def test_the_table_of_a_machine_with_npus_comes_from_the_path(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["doctor"]) == 2  # torch_npu is not installed here
     said = capsys.readouterr().out
-    assert re.search(r"^driver +ok +24.1.0.3, 2 chips, 910B2$", said, re.MULTILINE)
+    assert re.search(r"^driver +warning +24.1.0.3, 2 chips, 910B2; older than 26.0.rc1, ", said, re.MULTILINE)
     assert re.search(r"^versions +failed +cann is not installed, requirements-npu.txt says 9.1.0", said, re.MULTILINE)
     assert re.search(r"^device +failed +`import torch_npu` ended with exit code 1: ModuleNotFound", said, re.M)
