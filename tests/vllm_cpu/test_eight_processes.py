@@ -83,15 +83,27 @@ def assert_equal(wanted: Path, got: Path) -> None:
         assert (got[name] - value).norm() <= 1e-3 * value.norm(), name
 
 
-def test_versions_come_from_the_trainers_memory_in_a_whole_run(tmp_path):
-    settings = ["rollout.weights=memory", "parallel.tp=1", "parallel.dp=1", "processes.rollout=2"]
+def test_with_new_weights_from_the_trainers_memory_it_is_the_student_of_one_process_too(tmp_path):
+    """Where samples depend on the weights before them, so one process trains on those that eight have made."""
+    node, one = tmp_path / "node", tmp_path / "one"
     command = [sys.executable, "-m", "npd_ascend", "run", "--config", "configs/openpangu_tiny_8cpu.yaml"]
-    command += [f"run.folder={tmp_path / 'run'}", *SETTINGS, "npd.epochs=2", "npd.stream.publish_every=3", *settings]
+    command += [f"run.folder={node}", *SETTINGS, "npd.epochs=2", "npd.stream.publish_every=3", "rollout.weights=memory"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (node / "metrics.jsonl").read_text().splitlines()]
     assert sum("sync/transfer_s" in row for row in rows) >= 2
     assert all(row["rollout/canary"] < 2e-3 for row in rows if "rollout/canary" in row)
-    logs = "".join((tmp_path / "run" / "logs" / f"rollout-{number}.log").read_text() for number in (0, 1))
+    logs = "".join((node / "logs" / f"rollout-{number}.log").read_text() for number in range(3))
     assert "it is loaded from disk" not in logs
-    assert not (tmp_path / "run" / "weights" / "sender.json").exists()
+    assert not (node / "weights" / "sender.json").exists()
+
+    config = yaml.safe_load((node / "config.yaml").read_text())
+    config["run"]["folder"] = str(one)
+    config["parallel"] |= {"tp": 1, "dp": 1}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(config))
+    shutil.copytree(node / "stream", one / "stream")
+    shutil.copytree(node / "weights" / "v0", one / "weights" / "v0")
+    alone(tmp_path / "one.yaml", "distill")
+    versions = {row["rollout/version"] for row in rows if "rollout/version" in row}
+    assert len(versions) > 2
+    assert_equal(one / "student", node / "student")
