@@ -98,8 +98,9 @@ class _Trainer:
         manifest, buckets = self._really_manifest, self._really_buckets
         if mistake == "cut":  # the manifest is right, the broadcasts are not, from the second on
             collective.Snapshot.buckets = property(lambda snapshot: _with_a_wrong_cut(buckets.fget(snapshot)))
-        elif mistake == "bytes":
-            collective.Snapshot.buckets = property(lambda snapshot: buckets.fget(_with_swapped_values(snapshot)))
+        elif mistake in ("bytes", "bit"):
+            change = {"bytes": _with_swapped_values, "bit": _with_a_flipped_bit}[mistake]
+            collective.Snapshot.buckets = property(lambda snapshot: buckets.fget(change(snapshot)))
         else:
             collective.Snapshot.manifest = lambda snapshot: _wrong_manifest(manifest(snapshot), mistake)
 
@@ -134,6 +135,14 @@ def _with_swapped_values(snapshot):
     kept = parts[0].clone()
     parts[0].copy_(parts[1])
     parts[1].copy_(kept)
+    return wrong
+
+
+def _with_a_flipped_bit(snapshot):
+    """The lowest of one value in the middle."""
+    wrong = copy.copy(snapshot)
+    wrong._values = snapshot._values.clone()
+    wrong._values.view(torch.int16)[len(wrong._values) // 2 * 2] ^= 1
     return wrong
 
 

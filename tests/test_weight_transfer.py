@@ -1,5 +1,6 @@
 """Weights from the trainer's memory: what arrives, who is refused, and whom a lost peer hurts. No engine yet."""
 
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -20,7 +21,8 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.hf_weights import hf_shapes
 from npd_ascend.model.load import load_decoder
 from npd_ascend.parallel.plan import cut_model
-from npd_ascend.weights.collective import packed_sizes
+from npd_ascend.weights import collective
+from npd_ascend.weights.collective import device_checksum, packed_sizes, tensor_sums
 from npd_ascend.weights.control import Line, TransferError
 from npd_ascend.weights.sender import open_sender
 
@@ -94,6 +96,30 @@ def test_the_snapshot_does_not_move_with_the_model(served):
     trainer.ask("publish", 50, PROMPTS)
     trainer.ask("step")
     check_same(Worker(folder).take(50), on_disk(folder, 50))
+
+
+def test_every_bit_and_every_place_counts_in_the_sums_of_a_tensor(monkeypatch):
+    monkeypatch.setattr(collective, "_PART_WORDS", 8)
+    words = torch.randint(-(2**15), 2**15, (21,), generator=torch.Generator().manual_seed(0)).short()
+
+    def checksum_of(words):
+        return device_checksum(tensor_sums(words.view(torch.bfloat16)))
+
+    for at, bit in itertools.product(range(21), range(16)):
+        other = words.clone()
+        other[at] ^= torch.tensor(1 << bit, dtype=torch.int32).short()
+        assert checksum_of(other) != checksum_of(words)
+    for first, second in itertools.combinations(range(21), 2):
+        other = words.clone()
+        other[[first, second]] = words[[second, first]]
+        assert checksum_of(other) != checksum_of(words)
+    assert len(tensor_sums(words.view(torch.bfloat16))) == 3
+
+
+def test_the_largest_sum_of_a_tensor_does_not_overflow():
+    count = collective._PART_WORDS
+    largest = torch.full((count,), -(2**15), dtype=torch.int16)
+    assert tensor_sums(largest.view(torch.float32)).tolist() == [-(2**15) * (count * (count + 1) // 2)]
 
 
 def _offer_from_ranks(mesh, source, folder):

@@ -1,6 +1,7 @@
 """All checks as one table."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -31,7 +32,8 @@ def examine(config: Config | None, npu_smi: str | None) -> list[Finding]:
     kind = config.device.kind if config else ("cpu" if npu_smi is None else accelerator())
     folder = config.run.folder if config else Path("runs") / "doctor"
     # a run is about to take the cards; else they may well be at work
-    findings = device_findings(npu_smi, "failed" if config and kind != "cpu" else "warning", driver_of_row())
+    if_busy: Literal["warning", "failed"] = "failed" if config and kind != "cpu" else "warning"
+    findings = device_findings(npu_smi, if_busy, driver_of_row(f"requirements-{accelerator()}.txt"))
     if kind == "cpu":
         # pyproject.toml allows other versions than those that the numbers were made with
         findings.append(version_finding("requirements.txt", "warning"))

@@ -23,8 +23,9 @@ def read_row(path: Path) -> list[tuple[str, str, bool]]:
     return [(m["name"], m["version"], m["mark"] != "#? ") for m in found if m]
 
 
-def driver_of_row(path: Path = ROOT / "requirements-npu.txt") -> str | None:
-    """Of NPUs; None without the file, as where the package alone was installed."""
+def driver_of_row(file: str) -> str | None:
+    """None if it names none, or is not there, as where the package alone was installed."""
+    path = ROOT / file
     found = re.search(r"^#> driver==(\S+)", path.read_text(), re.MULTILINE) if path.exists() else None
     return found.group(1) if found else None
 

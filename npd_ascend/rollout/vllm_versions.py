@@ -16,7 +16,8 @@ import torch
 
 from npd_ascend.errors import UserError
 from npd_ascend.rollout.engine import Completion, Request, Sampling
-from npd_ascend.weights.collective import GroupInfo, Manifest
+from npd_ascend.weights.collective import GroupInfo, Manifest, device_checksum, tensor_sums
+from npd_ascend.weights.control import TransferError
 from npd_ascend.weights.device_group import DeviceGroupInfo
 
 _WAY_OUT = (
@@ -158,7 +159,8 @@ def _load_received(worker: Any) -> None:
 
 
 def load_from_device(llm: Any, manifest: Manifest, group: DeviceGroupInfo) -> None:
-    """From the trainer's device into the model, bucket by bucket as they come; RuntimeError if they do not.
+    """From the trainer's device into the model, bucket by bucket as they come; RuntimeError if they do not, and
+    TransferError, which is one, if one differs from its checksum.
 
     Until finish_from_device has returned the model is neither the old nor the new one. After an error it cannot
     even be loaded again: vLLM keeps what had come of a layer, and takes the layer for whole too early the next time.
@@ -169,8 +171,38 @@ def load_from_device(llm: Any, manifest: Manifest, group: DeviceGroupInfo) -> No
         "shapes": manifest.shapes,
     }
     packing = {} if _packing_is_agreed_once() else _packing(group)
+    llm.collective_rpc(_watch_loads)
     llm.start_weight_update()
     llm.update_weights({"update_info": info | packing})
+    for arrived in llm.collective_rpc(_checksums_of_loads):
+        wanted = zip(manifest.names, manifest.checksums, strict=True)
+        if differing := [name for name, checksum in wanted if arrived.get(name) != checksum]:
+            raise TransferError(
+                f"weight version {manifest.version}: {differing[0]} differs from its checksum ({len(differing)} of "
+                f"{len(manifest.names)} tensors)"
+            )
+
+
+def _watch_loads(worker: Any) -> None:
+    """Tensors are whole on their way into the model alone: a loader cuts and joins them, their memory is used again."""
+    model = worker.get_model()
+    sums: dict[str, torch.Tensor] = {}
+    load = type(model).load_weights
+
+    def watched(weights):
+        weights = list(weights)
+        sums.update((name, tensor_sums(tensor)) for name, tensor in weights)
+        return load(model, weights)
+
+    model.load_weights, model.npd_sums = watched, sums
+
+
+def _checksums_of_loads(worker: Any) -> dict[str, str]:
+    """Tensor -> checksum, since _watch_loads."""
+    model = worker.get_model()
+    sums = model.npd_sums
+    del model.load_weights, model.npd_sums
+    return {name: device_checksum(one) for name, one in sums.items()}
 
 
 def finish_from_device(llm: Any, *, tied: bool) -> None:

@@ -22,6 +22,7 @@ from npd_ascend.weights.control import TransferError
 from npd_ascend.weights.gather import whole_tensors
 
 MEETINGS = "meetings"  # folder of RUN/weights
+_PART_WORDS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Manifest:
     names: list[str]  # Hugging Face's
     shapes: list[list[int]]
     bucket_sizes: list[int]  # bytes
-    checksums: list[str]  # SHA-256 of every bucket; none of what does not pass through host memory
+    checksums: list[str]  # SHA-256 of every bucket; between devices device_checksum of every tensor
     gather_s: float  # that the trainer took to collect them
 
     @property
@@ -109,8 +110,9 @@ class Snapshot:
     def manifest(self) -> Manifest:
         """The checksums are made by whoever asks first; the trainer waits for the copy alone."""
         with self._lock:
-            if not self._device:
-                self._checksums = self._checksums or [checksum(bucket) for bucket in self.buckets]
+            if not self._checksums:
+                in_host_memory = self._device is None
+                self._checksums = list(map(checksum, self.buckets)) if in_host_memory else self._device_checksums()
         return Manifest(
             version=self.version,
             dtype=str(self._dtype).removeprefix("torch."),
@@ -120,6 +122,15 @@ class Snapshot:
             checksums=self._checksums,
             gather_s=self.gather_s,
         )
+
+    def _device_checksums(self) -> list[str]:
+        """On a stream of their own, apart from the training step that goes on meanwhile."""
+        module = torch.get_device_module(self._device)
+        if self._device.index is not None:
+            module.set_device(self._device)  # of this thread
+        tensors = self._values.split([torch.Size(shape).numel() for shape in self._shapes])
+        with module.stream(module.Stream()):
+            return [device_checksum(sums) for sums in list(map(tensor_sums, tensors))]
 
     def send(self, group: dist.ProcessGroupGloo) -> None:
         for bucket in self.buckets:
@@ -177,6 +188,22 @@ def packed_sizes(sizes: Sequence[int], bucket_bytes: int) -> list[int]:
 
 def checksum(bucket: torch.Tensor) -> str:
     return hashlib.sha256(bucket.numpy().data).hexdigest()
+
+
+def tensor_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """int64, on the tensor's device: of every part of it the sum of its 16-bit words times their places.
+
+    A bit that changes changes a sum, and so do two words or tensors that change places. No sum overflows: words are
+    below 2^15, places up to 2^22, and a part has 2^22 of them.
+    """
+    words = tensor.reshape(-1).view(torch.int16)
+    place = torch.arange(1, min(len(words), _PART_WORDS) + 1, device=words.device)
+    return torch.stack([(part * place[: len(part)]).sum() for part in words.split(_PART_WORDS)])
+
+
+def device_checksum(sums: torch.Tensor) -> str:
+    """Of tensor_sums; waits for the device."""
+    return hashlib.sha256(sums.cpu().numpy().data).hexdigest()
 
 
 def broadcast(bucket: torch.Tensor, group: dist.ProcessGroupGloo) -> dist.Work:

@@ -210,7 +210,7 @@ class WeightSender:
         with _lost(line.peer, f"while version {version} was sent"):
             if isinstance(group, DeviceGroup):
                 group.send(snapshot, line)
-                line.send({"sent": version})  # no checksum tells the worker that all of it was
+                line.send({"sent": version})
             else:
                 snapshot.send(group)
         _raise_failed(line)

@@ -16,7 +16,7 @@ from npd_ascend.model.decoder import PLAIN, Decoder, initialise
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.mesh import ALONE
 from npd_ascend.weights import collective
-from npd_ascend.weights.collective import packed_sizes
+from npd_ascend.weights.collective import packed_sizes, tensor_sums
 from npd_ascend.weights.control import TransferError
 from npd_ascend.weights.gather import whole_tensors
 from npd_ascend.weights.receiver import WeightReceiver
@@ -50,6 +50,17 @@ CONFIG = DecoderConfig(
 )
 
 
+class Model:
+    """Keeps what it should load."""
+
+    def __init__(self):
+        self.batches = []
+
+    def load_weights(self, weights):
+        assert all(tensor.device == NPU for _, tensor in weights)
+        self.batches.append([(name, tensor.cpu()) for name, tensor in weights])
+
+
 class Llm:
     """vLLM 0.23's LLM over vllm-ascend's worker, as far as weights go: the engine, and who calls it when."""
 
@@ -57,23 +68,26 @@ class Llm:
         self._engine = HCCLWeightTransferEngine(
             None, SimpleNamespace(data_parallel_index=0, world_size=1, rank=0), model=None
         )
-        self._active, self.batches = False, []
+        self.model, self._active = Model(), False
+
+    @property
+    def batches(self):
+        return self.model.batches
 
     def init_weight_transfer_engine(self, request):
         self._engine.init_transfer_engine(self._engine.parse_init_info(request["init_info"]))
 
+    def collective_rpc(self, ask):
+        return [ask(SimpleNamespace(get_model=lambda: self.model))]
+
     def start_weight_update(self):
         assert not self._active
-        self._active, self.batches = True, []
+        self._active, self.model.batches = True, []
 
     def update_weights(self, request):
         info = self._engine.parse_update_info(request["update_info"])
-        self._engine.receive_weights(info, load_weights=self._load)
+        self._engine.receive_weights(info, load_weights=self.model.load_weights)
         torch.npu.synchronize()
-
-    def _load(self, weights):
-        assert all(tensor.device == NPU for _, tensor in weights)
-        self.batches.append([(name, tensor.cpu()) for name, tensor in weights])
 
     def finish_weight_update(self):
         self._active = False
@@ -112,6 +126,9 @@ class WithoutZeros:
 def _pyhccl(monkeypatch):
     monkeypatch.setattr(pyhccl, "torch", WithoutZeros())
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    # nor anything that could multiply and add there
+    for module in (collective, vllm_versions):
+        monkeypatch.setattr(module, "tensor_sums", lambda tensor: tensor_sums(tensor.cpu()))
 
 
 @pytest.fixture

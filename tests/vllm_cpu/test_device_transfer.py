@@ -6,6 +6,7 @@ tests/device_stand_in.py says what is replaced. Nothing here has run on a device
 import signal
 import threading
 from importlib.util import find_spec
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_vllm_engine import LONG, close, make_engine, make_folder
 
 from npd_ascend.errors import UserError
+from npd_ascend.rollout import vllm_versions
 from npd_ascend.rollout.engine import Request, Sampling
 from npd_ascend.weights.canary import compare, read_probes
 from npd_ascend.weights.control import TransferError
@@ -91,14 +93,14 @@ def watch_loads(run, patch):
     batches = []
 
     def watch(model):
-        really = model.load_weights
+        really = type(model).load_weights
 
-        def load(weights):
+        def load(self, weights):
             weights = list(weights)
             batches.append([(name, tensor.clone()) for name, tensor in weights])
-            return really(weights)
+            return really(self, weights)
 
-        patch.setattr(model, "load_weights", load)
+        patch.setattr(type(model), "load_weights", load)
 
     run.engine._llm.apply_model(watch)
     return batches
@@ -150,10 +152,29 @@ def test_a_wrong_manifest_is_refused_before_anything_comes(healed, mistake, said
     assert [done.token_ids for done in healed.answers()] == [done.token_ids for done in before]
 
 
-def test_swapped_tensors_are_seen_by_the_canary(healed):
-    """The transfer has no checksum: it does not see them."""
-    healed.trainer.ask("plant", "bytes")
+@pytest.mark.parametrize(("mistake", "said"), [("bytes", "2 of"), ("bit", "1 of")])
+def test_other_bytes_are_seen_before_anything_is_generated_with_them(healed, mistake, said):
+    """Two tensors in each other's place, and one low bit, which no canary would see."""
+    healed.trainer.ask("plant", mistake)
+    with pytest.raises(TransferError, match=rf"differs from its checksum \({said} \d+ tensors\)"):
+        healed.receive()
+    check_broken(healed)
+    healed.trainer.ask("heal")
+    healed.publish()
     healed.receive()
+    assert healed.canary() < 1e-4
+
+
+def without_checksums(patch):
+    really = vllm_versions._checksums_of_loads
+    patch.setattr(vllm_versions, "_checksums_of_loads", lambda worker: dict.fromkeys(really(worker), ANY))
+
+
+def test_without_checksums_the_canary_sees_swapped_tensors(healed, monkeypatch):
+    healed.trainer.ask("plant", "bytes")
+    with monkeypatch.context() as patch:
+        without_checksums(patch)
+        healed.receive()
     with pytest.raises(UserError, match="the generator does not have these weights"):
         healed.canary()
     healed.trainer.ask("heal")
@@ -164,6 +185,7 @@ def test_swapped_tensors_are_seen_by_the_canary(healed):
 def test_without_the_look_at_the_manifest_a_swapped_name_is_seen_by_the_canary(healed, monkeypatch):
     healed.trainer.ask("plant", "order")
     with monkeypatch.context() as patch:
+        without_checksums(patch)
         patch.setattr(healed.engine, "_check", lambda manifest: None)
         healed.receive()
     with pytest.raises(UserError, match="the generator does not have these weights"):
