@@ -1,11 +1,12 @@
 """Kills every kind of process of live runs at random, and counts what was lost: nothing may be.
 
-    python benchmarks/soak.py [--kills 50] [--seed N] [--engine hf|vllm] [--folder FOLDER]
+    python benchmarks/soak.py [--kills 50] [--seed N] [--ranks N] [--folder FOLDER] [key=value ...]
 
-Runs configs/addition_cpu.yaml with npd.stream (made small: 2 rollout and 2 teacher processes, a trainer), and every few
-seconds SIGKILLs one of its processes, or the supervisor, which takes all others along and is then typed again; runs
-follow each other until all kills are spent. No kind of process gets more than its share of a run's kills, else those
-that start first would get most of them. After each run:
+Runs configs/addition_cpu.yaml with npd.stream (made small: 2 rollout and 2 teacher processes, a trainer of N
+tensor-parallel ranks) and what is overridden, and every few seconds SIGKILLs one of its processes, a single rank, or
+the supervisor, which takes all others along and is then typed again; runs follow each other until all kills are spent.
+No kind of process gets more than its share of a run's kills, else those that start first would get most of them. After
+each run:
 
 - every wanted sample was generated once and decided once, every kept one stands in one pack of one step;
 - no sample was trained on more than max_lag versions after the one that generated it;
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,21 +51,23 @@ SETTINGS = [
     "processes={rollout: 2, teacher: 2, restarts: 50}",
 ]
 MOST_PER_RUN = 15
-ROLES = ("rollout", "score", "distill", "sft", "run")
+ROLES = ("rollout", "score", "distill", "sft", "run", "rank")  # the last where the trainer has several
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--engine", choices=["hf", "vllm"], default="hf")
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where the runs stay; default: a folder that is removed")
+    parser.add_argument("overrides", nargs="*", help="for example rollout.engine=vllm rollout.weights=memory")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder, rng, left, number = args.folder or Path(temporary), random.Random(args.seed), args.kills, 0
         while left > 0:
             started, run = time.monotonic(), folder / f"run{number}"
-            kills = run_with_kills(run, args.engine, rng, min(MOST_PER_RUN, left))
+            settings = [f"parallel.tp={args.ranks}", *args.overrides]
+            kills = run_with_kills(run, settings, rng, min(MOST_PER_RUN, left), ROLES[: len(ROLES) - (args.ranks == 1)])
             left, number = left - kills.total(), number + 1
             faults = check(run)
             row = {"run": number, "seed": args.seed, "kills": dict(kills), "left": left, "faults": faults}
@@ -73,17 +77,17 @@ def main() -> int:
     return 0
 
 
-def run_with_kills(run: Path, engine: str, rng: random.Random, most: int) -> Counter:
+def run_with_kills(run: Path, more: list[str], rng: random.Random, most: int, roles: Sequence[str]) -> Counter:
     """The run to its end; what was killed on the way, by role."""
     kills: Counter = Counter()
     log = run.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with log.open("a") as output:
-            supervisor = subprocess.Popen(command(run, engine), stdout=output, stderr=output)
+            supervisor = subprocess.Popen(command(run, more), stdout=output, stderr=output)
         while supervisor.poll() is None and kills.total() < most:
             _sleep(supervisor, rng.uniform(0.5, 6))
-            share = -(-most // len(ROLES))
+            share = -(-most // len(roles))
             if victim := _victim(supervisor.pid, rng, spared={role for role in kills if kills[role] >= share}):
                 role, pid = victim
                 os.kill(pid, signal.SIGKILL)
@@ -94,8 +98,8 @@ def run_with_kills(run: Path, engine: str, rng: random.Random, most: int) -> Cou
             raise SystemExit(f"npd run ended with {supervisor.returncode}; see {log}")
 
 
-def command(run: Path, engine: str) -> list[str]:
-    settings = [f"run.folder={run}", *SETTINGS, f"rollout.engine={engine}"]
+def command(run: Path, more: list[str]) -> list[str]:
+    settings = [f"run.folder={run}", *SETTINGS, *more]
     return [sys.executable, "-m", "npd_ascend", "run", "--config", str(CONFIG), *settings]
 
 
@@ -107,8 +111,7 @@ def _sleep(process: subprocess.Popen, seconds: float) -> None:
 def _victim(supervisor: int, rng: random.Random, spared: set[str]) -> tuple[str, int] | None:
     """(role, pid), each role that is there as likely as the others but for those spared, evaluation and report."""
     found: dict[str, list[int]] = {"run": [supervisor]}
-    listed = subprocess.run(["pgrep", "-P", str(supervisor)], capture_output=True, text=True, check=False)
-    for pid in map(int, listed.stdout.split()):
+    for pid in _children(supervisor):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
         except FileNotFoundError:
@@ -116,10 +119,17 @@ def _victim(supervisor: int, rng: random.Random, spared: set[str]) -> tuple[str,
         role = words[3] if len(words) > 3 else ""  # python -m npd_ascend ROLE
         if role in ROLES:
             found.setdefault(role, []).append(pid)
+        if role in ("sft", "distill") and (ranks := _children(pid)):
+            found["rank"] = ranks
     if len(found) == 1 or not found.keys() - spared:
         return None
     role = rng.choice(sorted(found.keys() - spared))
     return role, rng.choice(found[role])
+
+
+def _children(pid: int) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in listed.stdout.split()]
 
 
 def check(folder: Path) -> list[str]:
