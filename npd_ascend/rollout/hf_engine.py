@@ -38,8 +38,11 @@ class HfEngine:
         else:
             self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype, trust_remote_code=False)
         self._model.requires_grad_(False).to(self._device).eval()
-        # the last place of every row is a view with gaps, for which bfloat16 on CPU copies the head once per row
-        self._model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        if self._dtype == torch.bfloat16:
+            # the last place of every row is a view with gaps, for which bfloat16 on CPU copies the head once per row;
+            # float32 does not, and its sums would come out in another order
+            head = self._model.get_output_embeddings()
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
