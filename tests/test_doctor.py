@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -211,13 +212,13 @@ def test_sums_over_two_nodes_and_a_node_that_does_not_come(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ask = "from npd_ascend.doctor.collectives import collective_findings as ask; print(*ask('cpu', 2, 2), sep='\\n')"
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ask], env=os.environ | _as_node(rank, port), stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
+    ask = "from npd_ascend.doctor import collectives; collectives.TIMEOUT_S = 3; "
+    ask += "print(*collectives.collective_findings('cpu', 2, 2), sep='\\n')"
+    nodes = []
+    for rank in range(2):
+        environment = os.environ | _as_node(rank, port)
+        nodes.append(subprocess.Popen([sys.executable, "-c", ask], env=environment, stdout=subprocess.PIPE, text=True))
+        time.sleep(10)  # later than ranks of one node would wait
     for node in nodes:
         said = node.communicate(timeout=240)[0]
         assert re.findall(r"check='(.*?)', status='(.*?)'", said) == [
@@ -226,10 +227,12 @@ def test_sums_over_two_nodes_and_a_node_that_does_not_come(monkeypatch):
         ]
     for name, value in _as_node(0, port).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(collectives, "NODES_S", 8)
+    monkeypatch.setattr(collectives, "NODES_S", 4)
     (finding,) = collective_findings("cpu", 2, 2)
     assert finding.status == "failed"
-    assert "no answer within 8 s; start it on every node at about the same time" in finding.detail
+    assert "start it on every node at about the same time" in finding.detail
+    (finding,) = collective_findings("cpu", 1, 3)
+    assert "3 ranks do not divide over NNODES=2" in finding.detail
 
 
 def test_ports(monkeypatch):

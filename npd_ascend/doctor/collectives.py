@@ -1,6 +1,6 @@
 """Sums over the groups of ranks that a run would have, in processes like its own, on all of its nodes.
 
-python -m npd_ascend.doctor.collectives KIND TP DP      one rank; prints JSON
+python -m npd_ascend.doctor.collectives KIND TP DP SECONDS      one rank; prints JSON
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 
 from npd_ascend.device import open_device
 from npd_ascend.doctor.finding import Finding
+from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent, ranks_of
 from npd_ascend.parallel.mesh import open_mesh, sum_over
 from npd_ascend.ranks import Node, node_rank_environment, rank_environment, this_node
@@ -23,42 +24,56 @@ NODES_S = 600  # for the others to come as far
 
 
 def collective_findings(kind: str, tp: int, dp: int) -> list[Finding]:
-    """One finding per group that a rank of this node is in; a group that cannot be made is one finding for all.
+    """One finding per kind of group, of all the ranks of this node; a group that cannot be made is one for all.
 
     tp, dp: of the whole run. With several nodes all of them have to ask.
     """
     if tp * dp == 1:
         return [Finding("collectives", "not applicable", "a single rank (parallel.tp x parallel.dp = 1)")]
-    node, command = this_node(), [sys.executable, "-m", "npd_ascend.doctor.collectives", kind, str(tp), str(dp)]
+    node = this_node()
     patience_s = TIMEOUT_S if node.count == 1 else NODES_S
+    command = [sys.executable, "-m", "npd_ascend.doctor.collectives", kind, str(tp), str(dp), str(patience_s)]
+    try:
+        of_ranks = _ask_ranks(command, node, tp * dp, patience_s + TIMEOUT_S)
+    except UserError as error:
+        return [Finding("collectives", "failed", str(error))]
+    # of every kind of group the first that failed, else that of the first rank
+    return [min(findings, key=lambda finding: finding.status != "failed") for findings in zip(*of_ranks, strict=True)]
+
+
+def _ask_ranks(command: list[str], node: Node, world_size: int, timeout_s: int) -> list[list[Finding]]:
+    """What the ranks of this node found; UserError if one of them did not come to an end."""
+    pipe, found = subprocess.PIPE, []
     with tempfile.TemporaryDirectory(prefix="npd-doctor-") as folder:
         ranks = [
             subprocess.Popen(
                 command,
-                env=os.environ | _environment(node, rank, tp * dp, folder),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                env=os.environ | _environment(node, rank, world_size, folder),
+                stdout=pipe,
+                stderr=pipe,
                 text=True,
                 preexec_fn=die_with_parent,
             )
-            for rank in ranks_of(node, tp * dp)
+            for rank in ranks_of(node, world_size)
         ]
         try:
-            out, error = ranks[0].communicate(timeout=patience_s)
-            failed = next((rank for rank in ranks if rank.wait(timeout=TIMEOUT_S)), None)
+            for rank in ranks:
+                out, error = rank.communicate(timeout=timeout_s)
+                if rank.returncode:
+                    raise UserError(_why(error, node, world_size))
+                found.append([Finding(**finding) for finding in json.loads(out.splitlines()[-1])])
         except subprocess.TimeoutExpired:
-            failed, out, error = ranks[0], "", f"no answer within {patience_s} s"
+            raise UserError(_why(f"no answer within {timeout_s} s", node, world_size)) from None
         finally:
             for rank in ranks:
                 rank.kill()
-    if failed:
-        last = (error or failed.stderr.read()).strip().splitlines() or ["no reason given"]
-        together = "start it on every node at about the same time, " if node.count > 1 else ""
-        said = (
-            f"{tp} x {dp} ranks: {last[-1][:200]}; {together}free the ports and NPUs of older runs, then docs/ascend.md"
-        )
-        return [Finding("collectives", "failed", said)]
-    return [Finding(**finding) for finding in json.loads(out.splitlines()[-1])]
+    return found
+
+
+def _why(error: str, node: Node, world_size: int) -> str:
+    last = (error.strip().splitlines() or ["no reason given"])[-1][:200]
+    together = "start it on every node at about the same time, " if node.count > 1 else ""
+    return f"{world_size} ranks: {last}; {together}free the ports and NPUs of older runs, then docs/ascend.md"
 
 
 def _environment(node: Node, rank: int, world_size: int, folder: str) -> dict[str, str]:
@@ -68,9 +83,9 @@ def _environment(node: Node, rank: int, world_size: int, folder: str) -> dict[st
     return node_rank_environment(node, rank, world_size, 0) | {"NPD_RENDEZVOUS": f"tcp://{node.address}:{node.port}"}
 
 
-def _rank(kind: str, tp: int, dp: int) -> None:
+def _rank(kind: str, tp: int, dp: int, timeout_s: int) -> None:
     device = open_device(kind, 1)
-    with open_mesh(tp, dp, sequence_parallel=False, device=device, timeout_s=TIMEOUT_S) as mesh:
+    with open_mesh(tp, dp, sequence_parallel=False, device=device, timeout_s=timeout_s) as mesh:
         groups = [("tp", mesh.tp_group, tp), ("dp", mesh.dp_group, dp)]
         findings = [_measure(name, group, size, device) for name, group, size in groups if group]
         print(json.dumps(findings))
@@ -96,4 +111,4 @@ def _measure(name: str, group, size: int, device: torch.device) -> dict[str, str
 
 
 if __name__ == "__main__":
-    _rank(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _rank(sys.argv[1], *map(int, sys.argv[2:]))

@@ -56,6 +56,8 @@ def port_finding() -> Finding:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
+        # what has just ended leaves a port that a server can take
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
         except OSError:
