@@ -26,7 +26,7 @@ from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.teacher.local import score_answers
 
 CPU = torch.device("cpu")
-SAMPLE_TOKENS, PROMPT_TOKENS = 256, 64
+SAMPLE_TOKENS = 256
 
 
 def save(folder: Path, config: DecoderConfig, dtype: torch.dtype) -> Path:
@@ -58,11 +58,13 @@ def score(folders: list[Path], dtype: torch.dtype, pack_tokens: int) -> object:
     return models
 
 
-def generate(folder: Path, dtype: torch.dtype, batch: int, new_tokens: int, vocab_size: int) -> object:
+def generate(
+    folder: Path, dtype: torch.dtype, batch: int, prompt_tokens: int, new_tokens: int, vocab_size: int
+) -> object:
     engine = HfEngine(dtype=dtype, device=CPU, eos_id=vocab_size, pad_id=0, vocab_size=vocab_size)  # none ends early
     engine.load_weights(folder)
     random = np.random.Generator(np.random.PCG64(0))
-    prompts = random.integers(0, vocab_size, (batch, PROMPT_TOKENS)).tolist()
+    prompts = random.integers(0, vocab_size, (batch, prompt_tokens)).tolist()
     engine.generate([Request(tuple(ids), new_tokens, i) for i, ids in enumerate(prompts)], Sampling(1.0))
     return engine
 
@@ -79,9 +81,9 @@ def main() -> None:
             score([small], dtype, SAMPLE_TOKENS)
             print(peak_bytes(lambda: score(folders, dtype, case["pack_tokens"])))
         else:
-            generate(small, dtype, 2, 2, 512)
-            size = configs[0].vocab_size
-            print(peak_bytes(lambda: generate(folders[0], dtype, case["batch"], case["new_tokens"], size)))
+            generate(small, dtype, 2, 2, 2, 512)
+            sizes = [case[key] for key in ("batch", "prompt_tokens", "new_tokens")]
+            print(peak_bytes(lambda: generate(folders[0], dtype, *sizes, configs[0].vocab_size)))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from npd_kernels.token_loss import IMPLEMENTATIONS
 
 # log-probs, their exponentials and the product with them: what teacher/local.py holds of a chunk beside the logits
 _SCORE_COPIES = 3
-# log-probs, probabilities, and in float64 their running sum: what rollout/hf_engine.py holds to draw a token
-_DRAW_COPIES = 4
+# log-probs, probabilities, and in float64 those and their running sum: what rollout/hf_engine.py holds to draw a token
+_DRAW_COPIES = 6
 # of masters and moments: ours, and two that torch.distributed.checkpoint makes of it (tests/test_planner.py)
 CHECKPOINT_COPIES = 3
 
