@@ -188,9 +188,12 @@ class FilterConfig(Section):
 class EvalConfig(Section):
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(256, ge=1)
-    # held-out metrics in training, in optimizer steps, among them length and entropy of answers to batch_size prompts;
-    # none: only in NPD, after its epochs or with its weight versions, and without answers
+    # held-out metrics in training, in optimizer steps; none: only in NPD, after its epochs or with its weight versions,
+    # and without answers
     every_steps: int | None = Field(None, ge=1)
+    # held-out prompts that are answered then, a forward for every token, for length and entropy of the answers; with
+    # npd.stream it should take less than processes.timeout_s
+    answers: int = Field(64, ge=1)
 
 
 class Config(Section):

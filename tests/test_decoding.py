@@ -136,8 +136,8 @@ def test_length_and_entropy_are_the_same_on_every_layout(ranks, case, layout):
         assert measured == pytest.approx(wanted, abs=1e-5)
 
 
-def test_one_batch_of_evaluation_is_answered_and_no_more_at_once_than_a_pack_holds():
-    more = ["evaluate={max_new_tokens: 6, batch_size: 7, every_steps: 2}", "sft.pack_tokens=64"]
+def test_no_more_is_answered_at_once_than_a_pack_holds():
+    more = ["evaluate={max_new_tokens: 6, answers: 7, every_steps: 2}", "sft.pack_tokens=64"]
     config = load_config(CONFIGS / "addition_cpu.yaml", more)
     questions = heldout_references(config, config.sft, ALONE).questions
     assert len(questions.prompts) == 7

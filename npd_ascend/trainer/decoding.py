@@ -22,7 +22,7 @@ from npd_kernels.token_loss import entropies, greedy_ids
 @dataclass(frozen=True, slots=True)
 class Answer:
     token_ids: list[int]  # the end token included, where it was given
-    entropies: np.ndarray  # float32, nats: of the distribution that each token is the most likely one of
+    entropies: np.ndarray  # float32, nats: of the distribution that each token was chosen from
 
 
 @torch.inference_mode()

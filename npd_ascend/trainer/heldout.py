@@ -1,6 +1,6 @@
-"""What is watched while training: distance to the teacher and drift from the generator on held-out rollouts, exact
-match on held-out prompts that have a reference answer; none of them generates anything. Length and entropy are those
-of answers that the trainer gives itself."""
+"""What is watched while training. Without generating: distance to the teacher and drift from the generator on held-out
+rollouts, exact match on held-out prompts that have a reference answer. By generating: length and entropy of the
+trainer's own greedy answers."""
 
 import time
 from collections.abc import Sequence

@@ -100,7 +100,7 @@ def heldout_in_shards(run: RunFolder, shards: Iterable[int], mesh: Mesh) -> Held
 
 
 def heldout_references(config: Config, stage: StageConfig, mesh: Mesh) -> Heldout | None:
-    """For SFT and GRPO, which have no held-out rollouts and measure the rest where evaluate.every_steps is set."""
+    """For SFT and GRPO, which have no held-out rollouts; None without evaluate.every_steps."""
     if config.evaluate.every_steps is None:
         return None
     references, questions = _references_and_questions(config, stage.pack_tokens, mesh)
@@ -120,8 +120,8 @@ def _references_and_questions(
 def _questions(
     config: Config, tokenizer: ChatTokenizer, prompts: Sequence[Prompt], pack_tokens: int
 ) -> Questions | None:
-    """One batch of evaluation, at an interval of steps only: to answer takes longer than to look at what is there."""
-    chosen = [prompt.token_ids for prompt in prompts[: config.evaluate.batch_size]]
+    """At an interval of steps only: to answer takes longer than to look at what is there."""
+    chosen = [prompt.token_ids for prompt in prompts[: config.evaluate.answers]]
     if config.evaluate.every_steps is None or not chosen:
         return None
     limit = config.evaluate.max_new_tokens
