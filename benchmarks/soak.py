@@ -66,8 +66,9 @@ def main() -> int:
         folder, rng, left, number = args.folder or Path(temporary), random.Random(args.seed), args.kills, 0
         while left > 0:
             started, run = time.monotonic(), folder / f"run{number}"
+            roles = ROLES if args.ranks > 1 else [role for role in ROLES if role != "rank"]
             settings = [f"parallel.tp={args.ranks}", *args.overrides]
-            kills = run_with_kills(run, settings, rng, min(MOST_PER_RUN, left), ROLES[: len(ROLES) - (args.ranks == 1)])
+            kills = run_with_kills(run, settings, rng, min(MOST_PER_RUN, left), roles)
             left, number = left - kills.total(), number + 1
             faults = check(run)
             row = {"run": number, "seed": args.seed, "kills": dict(kills), "left": left, "faults": faults}

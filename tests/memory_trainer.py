@@ -142,7 +142,8 @@ def _with_a_flipped_bit(snapshot):
     """The lowest of one value in the middle."""
     wrong = copy.copy(snapshot)
     wrong._values = snapshot._values.clone()
-    wrong._values.view(torch.int16)[len(wrong._values) // 2 * 2] ^= 1
+    words = wrong._values.view(torch.int16)
+    words[len(words) // 4 * 2] ^= 1
     return wrong
 
 

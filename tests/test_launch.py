@@ -61,9 +61,7 @@ def test_a_lost_rank_stops_the_others_with_a_message(tmp_path, signal_):
     assert len(children) == 2
     second = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     os.kill(second, signal_)
-    stopped = time.monotonic()
     _, said = launcher.communicate(timeout=200)
-    assert time.monotonic() - stopped < 8 + 10 + 60  # time-out, grace, a slow machine
     assert launcher.returncode == (128 + signal.SIGKILL if signal_ == signal.SIGKILL else 75)
     assert "rank 0 of 2 lost another rank or waited 8 s (parallel.timeout_s)" in said
     assert ("rank 1 was killed by SIGKILL" in said) == (signal_ == signal.SIGKILL)

@@ -243,11 +243,13 @@ def test_a_trainer_that_does_not_answer_properly_is_left(tmp_path, answer):
     left, thread = threading.Event(), threading.Thread(target=serve)
     thread.start()
     said = "does not have the token of this run, or a message was changed" if answer == "changed" else "said nothing"
-    with pytest.raises(TransferError, match=said):
-        Worker(tmp_path, timeout_s=0.7).take(1)
-    assert thread.is_alive()  # the trainer has not hung up
-    left.set()
-    thread.join()
+    try:
+        with pytest.raises(TransferError, match=said):
+            Worker(tmp_path, timeout_s=0.7).take(1)
+        assert thread.is_alive()  # the trainer has not hung up
+    finally:
+        left.set()
+        thread.join()
 
 
 def test_a_trainer_that_dies_or_hangs_in_the_middle_is_left(source, tmp_path):

@@ -140,7 +140,7 @@ class VllmEngine:
         return Received(manifest.total_bytes, manifest.gather_s, *(b - a for a, b in itertools.pairwise(times)))
 
     def _check(self, manifest: Manifest) -> None:
-        """Of a version from memory, before any of it comes: between devices nothing could be refused afterwards."""
+        """Of a version from memory, before any of it comes: a refusal afterwards may cost a start of vLLM."""
         if list(zip(manifest.names, map(tuple, manifest.shapes), strict=True)) != list(self._shapes.items()):
             raise TransferError("it is of another network than the one whose weights it should replace")
         if manifest.dtype != str(self._dtype).removeprefix("torch."):

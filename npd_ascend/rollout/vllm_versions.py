@@ -159,8 +159,8 @@ def _load_received(worker: Any) -> None:
 
 
 def load_from_device(llm: Any, manifest: Manifest, group: DeviceGroupInfo) -> None:
-    """From the trainer's device into the model, bucket by bucket as they come; RuntimeError if they do not, and
-    TransferError, which is one, if one differs from its checksum.
+    """From the trainer's device into the model, bucket by bucket as they come; RuntimeError if they do not,
+    TransferError among them if a tensor differs from its checksum.
 
     Until finish_from_device has returned the model is neither the old nor the new one. After an error it cannot
     even be loaded again: vLLM keeps what had come of a layer, and takes the layer for whole too early the next time.
@@ -184,7 +184,7 @@ def load_from_device(llm: Any, manifest: Manifest, group: DeviceGroupInfo) -> No
 
 
 def _watch_loads(worker: Any) -> None:
-    """Tensors are whole on their way into the model alone: a loader cuts and joins them, their memory is used again."""
+    """Sum up every tensor as vLLM hands it to the model: then it is cut and joined, and its memory is used again."""
     model = worker.get_model()
     sums: dict[str, torch.Tensor] = {}
     load = type(model).load_weights

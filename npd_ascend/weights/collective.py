@@ -65,7 +65,7 @@ class Snapshot:
     """One version apart from the model that trains on. Made on rank 0, while the other ranks of its replica exhaust
     whole_tensors.
 
-    device: where it lies; None: in host memory, with checksums.
+    device: where it lies; None: in host memory.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ def checksum(bucket: torch.Tensor) -> str:
 def tensor_sums(tensor: torch.Tensor) -> torch.Tensor:
     """int64, on the tensor's device: of every part of it the sum of its 16-bit words times their places.
 
-    A bit that changes changes a sum, and so do two words or tensors that change places. No sum overflows: words are
-    below 2^15, places up to 2^22, and a part has 2^22 of them.
+    A bit that changes changes a sum, and so do two words or tensors that change places. No sum overflows: words
+    are at most 2^15 in size, places up to 2^22, and a part has 2^22 of them.
     """
     words = tensor.reshape(-1).view(torch.int16)
     place = torch.arange(1, min(len(words), _PART_WORDS) + 1, device=words.device)

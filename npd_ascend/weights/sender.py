@@ -205,7 +205,9 @@ class WeightSender:
         if snapshot is None or newest != version:
             line.send({"refused": f"it has {f'version {newest}' if newest >= 0 else 'no version yet'}, not {version}"})
             return
-        line.send({"manifest": asdict(snapshot.manifest())})
+        with _lost(line.peer, f"before version {version} was sent"):
+            manifest = snapshot.manifest()
+        line.send({"manifest": asdict(manifest)})
         _raise_failed(line)
         with _lost(line.peer, f"while version {version} was sent"):
             if isinstance(group, DeviceGroup):
