@@ -55,7 +55,7 @@ def npd_eval_from_hub(folder: Path, settings: dict, data: dict[str, Path], cwd: 
     (folder / "eval.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "npd_ascend", "eval", "--benchmarks", str(folder / "eval.yaml")]
     with hub(folder / "hub") as (address, asked):
-        online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+        online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         environment = os.environ | online | {"HF_HOME": str(folder / "home")}
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=900, check=False
