@@ -68,7 +68,7 @@ def count_layer(
             replace(config, num_layers=1, vocab_size=64 * mesh.tp), dtype, mesh, recompute, kernels, device
         )
         sums = GradientSums(model, mesh)
-        rotary = model.rotary(torch.arange(tokens) % 1024)
+        rotary = model.rotary(torch.arange(tokens, device=device) % 1024)
         x_TD = torch.randn(tokens // mesh.row_multiple, config.hidden_size, dtype=dtype, device=device).requires_grad_()
         with Live(*model.parameters(), *rotary, x_TD) as live:
             with torch.no_grad():
