@@ -116,7 +116,7 @@ def _generating_of_many_words(**keys):
         (_scoring, {"pack_tokens": 2048, "dtype": "float32"}),
         (_scoring, {"pack_tokens": 512, "dtype": "bfloat16"}),
         # most of it are keys and values in the end, the forward of the prompts, and what a draw holds
-        (_generating, {"batch": 8, "prompt_tokens": 64, "new_tokens": 512, "dtype": "float32"}),
+        (_generating, {"batch": 16, "prompt_tokens": 16, "new_tokens": 240, "dtype": "float32"}),
         (_generating, {"batch": 32, "prompt_tokens": 64, "new_tokens": 64, "dtype": "bfloat16"}),
         (_generating_of_many_words, {"batch": 256, "prompt_tokens": 4, "new_tokens": 2, "dtype": "float32"}),
     ],
