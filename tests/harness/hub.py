@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-COMMIT, QUESTIONS = "5" * 40, 6
+COMMIT = "5" * 40
 # where the eleven lie: data set, configuration (None: one per subject), splits beside the one that is asked
 PLACES = {
     "mmlu": ("cais/mmlu", None, ()),
@@ -48,14 +48,10 @@ def put_on_hub(folder: Path, name: str, data: Path) -> None:
 
 
 def npd_eval_from_hub(folder: Path, settings: dict, data: dict[str, Path], cwd: Path | None = None) -> None:
-    """The command in a process of its own, with no data of its own, and a hub that has exactly what it should ask.
-
-    The first QUESTIONS of each, of every subject.
-    """
+    """The command in a process of its own, with no data of its own, and a hub that has exactly what it should ask."""
     for name, place in data.items():
         put_on_hub(folder / "hub", name, place)
         del settings["benchmarks"][name]["data"]
-        settings["benchmarks"][name]["questions"] = QUESTIONS
     (folder / "eval.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "npd_ascend", "eval", "--benchmarks", str(folder / "eval.yaml")]
     with hub(folder / "hub") as (address, asked):
