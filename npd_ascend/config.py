@@ -23,6 +23,7 @@ from npd_ascend.config_training import (  # noqa: F401 - every section is import
 from npd_ascend.errors import UserError
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
+_RAY_RESOURCE = {"cpu": "CPU", "npu": "NPU", "cuda": "GPU"}  # Ray's own names
 
 
 class RunConfig(Section):
@@ -32,7 +33,7 @@ class RunConfig(Section):
 
 
 class DeviceConfig(Section):
-    kind: Literal["cpu", "npu"] = "cpu"  # npu: docs/ascend.md
+    kind: Literal["cpu", "npu", "cuda"] = "cpu"  # npu: docs/ascend.md
     threads: int = Field(0, ge=0)  # 0: as many as torch finds
 
 
@@ -74,7 +75,7 @@ class ProcessConfig(Section):
     timeout_s: int = Field(600, ge=1)  # without a sign of life; more than a shard takes
     # HOST:PORT of a Ray cluster on which the workers are placed; none: all on this host
     ray: str | None = Field(None, pattern=r"^[^:\s]+:\d+$")
-    # resources of Ray that a worker takes; none: {NPU: 1}, with device.kind=cpu {CPU: 1}
+    # resources of Ray that a worker takes; none: one NPU, GPU or CPU, as device.kind says
     rollout_needs: dict[str, Annotated[float, Field(gt=0)]] | None = None
     teacher_needs: dict[str, Annotated[float, Field(gt=0)]] | None = None
 
@@ -253,7 +254,7 @@ class Config(Section):
     def ray_needs(self, role: Literal["rollout", "teacher"]) -> dict[str, float]:
         """What a worker takes of a Ray cluster."""
         chosen = self.processes.rollout_needs if role == "rollout" else self.processes.teacher_needs
-        return chosen or {"CPU" if self.device.kind == "cpu" else "NPU": 1.0}
+        return chosen or {_RAY_RESOURCE[self.device.kind]: 1.0}
 
     def _grpo_fits(self, grpo: GrpoConfig) -> None:
         rollout = self.rollout

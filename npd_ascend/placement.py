@@ -130,7 +130,7 @@ def place(config: Config, group: Sequence[Process], cards: Sequence[str]) -> dic
     left = list(cards)
     placed: dict[str, dict[str, str]] = {process.name: {} for process in group}
     for process in mine:
-        placed[process.name] = card_environment(left[: process.cards])
+        placed[process.name] = card_environment(config.device.kind, left[: process.cards])
         del left[: process.cards]
     return placed
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from npd_ascend.errors import UserError
 
-_VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
+# of a device.kind: the variable that says which cards a process sees, and what their files in /dev begin with
+_VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+_FILES = {"npu": "davinci", "cuda": "nvidia"}
+_DEV = Path("/dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +89,18 @@ def node_rank_environment(node: Node, rank: int, world_size: int, meeting: int) 
 def visible_cards(kind: str) -> list[str]:
     """The accelerators of this host that this process may use; none for a CPU.
 
-    ASCEND_RT_VISIBLE_DEVICES if it is set, else the driver's device files.
+    Those that the kind's variable lists if it is set. Else there are as many as the driver has files for, numbered
+    from 0: in a container that has the files of some cards only, that is how they are counted, whatever the files are
+    called (vllm-project/vllm-ascend#16256 for an NPU).
     """
     if kind == "cpu":
         return []
-    if listed := os.environ.get(_VISIBLE):
+    if listed := os.environ.get(_VISIBLE[kind]):
         return listed.split(",")
-    files = [path.name.removeprefix("davinci") for path in Path("/dev").glob("davinci[0-9]*")]
-    return sorted(files, key=int)
+    files = list(_DEV.glob(f"{_FILES[kind]}[0-9]*"))
+    return [str(number) for number in range(len(files))]
 
 
-def card_environment(cards: Sequence[str]) -> dict[str, str]:
-    """What makes a child of this process see these cards and no others."""
-    return {_VISIBLE: ",".join(cards)}
+def card_environment(kind: str, cards: Sequence[str]) -> dict[str, str]:
+    """What makes a child of this process see these cards of device.kind `kind` and no others."""
+    return {_VISIBLE[kind]: ",".join(cards)}

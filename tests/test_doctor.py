@@ -285,6 +285,15 @@ def test_a_configuration_that_wants_an_npu_that_is_not_here(tmp_path):
     assert {found[check].status for check in ("versions", "product", "attention", "collectives")} == {"not applicable"}
 
 
+def test_a_configuration_that_wants_a_gpu_that_is_not_here(tmp_path):
+    config = load_config(CONFIGS / "addition_cpu.yaml", ["device.kind=cuda", f"run.folder={tmp_path / 'run'}"])
+    found = _by_check(examine(config, None))
+    assert found["device"].status == "failed"
+    assert found["device"].detail.startswith("device.kind=cuda: this rank wants CUDA device 0 and torch ")
+    assert found["versions"].detail.split()[-1] != "requirements-npu.txt"
+    assert found["disk"].status == "ok"
+
+
 def test_a_torch_npu_that_ends_its_process_leaves_the_table_whole(tmp_path, monkeypatch):
     """As beside a build of torch for CUDA; the rest of the table is still asked for."""
     (tmp_path / "torch_npu.py").write_text("import os, sys\nprint('Duplicated key', file=sys.stderr)\nos.abort()\n")

@@ -111,7 +111,7 @@ def pair(tmp_path):
 
 
 def test_every_process_has_one_node_and_every_rank_too(two_nodes):
-    config = load_config(ADDITION, STREAM)
+    config = load_config(ADDITION, [*STREAM, "device.kind=npu"])
     for group in recipe(config):
         names = [[process.name for process in share(config, group, Node(rank, 2, "a", 1))] for rank in (0, 1)]
         for process in group:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGS
 
+from npd_ascend import ranks
 from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
 from npd_ascend.placement import listing, place, recipe
@@ -52,7 +53,7 @@ def names(group):
 
 
 def test_what_runs_side_by_side_shares_no_card():
-    config = load_config(ADDITION, STREAM)
+    config = load_config(ADDITION, [*STREAM, "device.kind=npu"])
     live = next(group for group in recipe(config) if len(group) > 1)
     assert names(live) == ["distill", "rollout-0", "rollout-1", "rollout-2", "score"]
     placed = [environment["ASCEND_RT_VISIBLE_DEVICES"] for environment in place(config, live, CARDS).values()]
@@ -60,8 +61,33 @@ def test_what_runs_side_by_side_shares_no_card():
     assert place(config, live, []) == {key: {} for key in names(live)}  # a CPU has none to share
 
 
+@pytest.mark.parametrize(
+    ("kind", "variable", "files", "others"),
+    [
+        ("npu", "ASCEND_RT_VISIBLE_DEVICES", "davinci", ["davinci_manager", "nvidia0"]),
+        ("cuda", "CUDA_VISIBLE_DEVICES", "nvidia", ["nvidiactl", "nvidia-uvm", "davinci0"]),
+    ],
+)
+def test_cards_are_those_of_the_variable_or_as_many_as_the_driver_has_files(
+    kind, variable, files, others, monkeypatch, tmp_path
+):
+    for name in ("ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ranks, "_DEV", tmp_path)
+    for name in (f"{files}4", f"{files}11", *others):  # as in a container that has two cards of a larger host
+        (tmp_path / name).touch()
+    assert ranks.visible_cards(kind) == ["0", "1"]
+    assert ranks.visible_cards("cpu") == []
+    monkeypatch.setenv(variable, "2,3,5")
+    assert ranks.visible_cards(kind) == ["2", "3", "5"]
+    config = load_config(ADDITION, [f"device.kind={kind}", "parallel.dp=2"])
+    placed = place(config, recipe(config)[0], ranks.visible_cards(kind))
+    assert placed == {"sft": {variable: "2,3"}}
+
+
 def test_stages_of_the_cycle_take_turns_on_all_cards():
-    config = load_config(ADDITION, ["npd.refresh_after=[5]", "processes={rollout: 8, teacher: 8}", "parallel.dp=8"])
+    more = ["npd.refresh_after=[5]", "processes={rollout: 8, teacher: 8}", "parallel.dp=8", "device.kind=npu"]
+    config = load_config(ADDITION, more)
     groups = recipe(config)
     assert [len(group) for group in groups] == [1, 8, 8, 1, 8, 8, 1, 1, 1]
     for group in groups[:-1]:
@@ -85,11 +111,11 @@ def test_with_overlap_the_next_set_is_made_beside_the_trainer():
 
 
 def test_too_few_cards_are_told_with_who_wants_them():
-    config = load_config(ADDITION, STREAM)
+    config = load_config(ADDITION, [*STREAM, "device.kind=npu"])
     live = next(group for group in recipe(config) if len(group) > 1)
     with pytest.raises(UserError, match=r"8 cards are wanted side by side \(distill 4, rollout-0 1.* and 7 are here"):
         place(config, live, CARDS[:7])
-    elsewhere = load_config(ADDITION, [*STREAM, "processes.ray=10.0.0.1:6379"])
+    elsewhere = load_config(ADDITION, [*STREAM, "device.kind=npu", "processes.ray=10.0.0.1:6379"])
     assert place(elsewhere, live, CARDS[:4])["rollout-0"] == {}  # Ray gives it a card of some node
 
 

@@ -268,6 +268,13 @@ def test_a_layout_that_cannot_fit_is_refused_with_one_that_does(large_student, c
     assert "peak" in capsys.readouterr().out
 
 
+def test_a_card_without_rates_is_not_planned(capsys):
+    assert main(["plan", "--config", str(CONFIGS / "addition_cpu.yaml"), "device.kind=cuda"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("npd plan: device.kind=cuda: npd_ascend/planner/rates.py has no rates of such a card")
+    assert not said.out
+
+
 def test_the_document_is_what_the_planner_says():
     command = [sys.executable, str(ROOT / "benchmarks" / "scale.py")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout

@@ -23,7 +23,7 @@ class Node:
 
     def __init__(self, folder: Path, *options: str, cards: str | None = None):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        environment |= {"ASCEND_RT_VISIBLE_DEVICES": cards} if cards else {}
+        environment |= dict.fromkeys(("ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"), cards) if cards else {}
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2", *options]
         self._log = folder / f"ray{len(list(folder.glob('ray*.log')))}.log"
         with self._log.open("w") as output:
@@ -90,12 +90,12 @@ from pathlib import Path
 from npd_ascend.config import load_config
 from npd_ascend.ray_nodes import RayProcess, join_cluster
 
-config = load_config(Path(sys.argv[1]), sys.argv[3:])
+config = load_config(Path(sys.argv[1]), sys.argv[4:])
 join_cluster(config)
 logs = [Path(sys.argv[2]) / name for name in "ab"]
 # none ends, and gives its card back, before both have one
 until_both = " && ".join(f"[ -s {log} ]" for log in logs)
-command = ["sh", "-c", f"echo $ASCEND_RT_VISIBLE_DEVICES; until {until_both}; do sleep 0.1; done"]
+command = ["sh", "-c", f"echo ${sys.argv[3]}; until {until_both}; do sleep 0.1; done"]
 both = [RayProcess(command, log, config.ray_needs("rollout")) for log in logs]
 while None in (codes := [process.poll() for process in both]):
     time.sleep(0.1)
@@ -106,12 +106,14 @@ print(codes, sorted(log.read_text().strip() for log in logs))
 def test_workers_get_cards_that_the_trainer_leaves(cluster, tmp_path):
     """By Ray, on a node started as with NPD_RAY_CARDS=6,7. There are no cards behind the numbers."""
     address, add = cluster
-    add('--resources={"NPU": 2}', cards="6,7")
-    config = [str(ROOT / "configs" / "addition_cpu.yaml"), str(tmp_path), "device.kind=npu", "processes.rollout=2"]
-    config += [f"processes.ray={address}", "processes.teacher_needs={CPU: 1}"]
-    command = [sys.executable, "-c", ASK_FOR_CARDS, *config]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout.strip() == "[0, 0] ['6', '7']", done.stderr
+    add('--resources={"NPU": 2}', "--num-gpus=2", cards="6,7")
+    for kind, variable in (("npu", "ASCEND_RT_VISIBLE_DEVICES"), ("cuda", "CUDA_VISIBLE_DEVICES")):
+        (folder := tmp_path / kind).mkdir()
+        config = [str(ROOT / "configs" / "addition_cpu.yaml"), str(folder), variable, f"device.kind={kind}"]
+        config += ["processes.rollout=2", f"processes.ray={address}", "processes.teacher_needs={CPU: 1}"]
+        command = [sys.executable, "-c", ASK_FOR_CARDS, *config]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.stdout.strip() == "[0, 0] ['6', '7']", done.stderr
 
 
 def marked(mark: str) -> set[int]:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from npd_ascend.config import Config
-from npd_ascend.device import accelerator, open_device
+from npd_ascend.device import NPU, open_device
 from npd_ascend.doctor.collectives import collective_findings
 from npd_ascend.doctor.compute import compute_findings
 from npd_ascend.doctor.device import NO_NPU, device_findings, import_finding, run_npu_smi
@@ -29,12 +29,12 @@ def run_doctor(config: Config | None) -> int:
 
 def examine(config: Config | None, npu_smi: str | None) -> list[Finding]:
     """npu_smi: of run_npu_smi. Later checks go on where earlier ones failed."""
-    kind = config.device.kind if config else ("cpu" if npu_smi is None else accelerator())
+    kind = config.device.kind if config else ("cpu" if npu_smi is None else NPU)
     folder = config.run.folder if config else Path("runs") / "doctor"
     # a run is about to take the cards; else they may well be at work
     if_busy: Literal["warning", "failed"] = "failed" if config and kind != "cpu" else "warning"
-    findings = device_findings(npu_smi, if_busy, driver_of_row(f"requirements-{accelerator()}.txt"))
-    if kind == "cpu":
+    findings = device_findings(npu_smi, if_busy, driver_of_row(f"requirements-{NPU}.txt"))
+    if kind != NPU:
         # pyproject.toml allows other versions than those that the numbers were made with
         findings.append(version_finding("requirements.txt", "warning"))
     elif npu_smi is not None:
@@ -46,7 +46,7 @@ def examine(config: Config | None, npu_smi: str | None) -> list[Finding]:
 
 
 def _device_at_work(config: Config | None, kind: str, no_card: bool) -> list[Finding]:
-    if kind != "cpu" and no_card:
+    if kind == NPU and no_card:
         wanted = f"{config.run.name} wants device.kind={kind}; set it to cpu, or go to a machine that has one"
         return [
             Finding("device", "failed", wanted),
@@ -55,13 +55,13 @@ def _device_at_work(config: Config | None, kind: str, no_card: bool) -> list[Fin
                 for check in ("versions", "product", "attention", "collectives")
             ),
         ]
-    if kind != "cpu" and (failed := import_finding(f"torch_{kind}")):
+    if kind == NPU and (failed := import_finding(f"torch_{kind}")):
         return [failed]
     try:
         device = open_device(kind, config.device.threads if config else 0)
     except UserError as error:
         return [Finding("device", "failed", str(error))]
-    impls = ["sdpa"] if kind == "cpu" else ["sdpa", kind]  # the fused one has the device's name
+    impls = ["sdpa", NPU] if kind == NPU else ["sdpa"]  # the fused one has the device's name
     if config and config.kernels.attention != "reference":
         impls.append(config.kernels.attention)
     tp, dp = (config.parallel.tp, config.parallel.dp) if config else (1, _all_ranks(device))

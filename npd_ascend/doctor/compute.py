@@ -44,7 +44,7 @@ def _judged(check: str, value: torch.Tensor, truth: torch.Tensor, dtype: torch.d
     allowed = _ALLOWED[dtype] * torch.finfo(dtype).eps
     said = f"largest error {error:.1e} of the largest value ({allowed:.0e} allowed), {what}"
     if not error <= allowed:  # nan too
-        return Finding(check, "failed", f"{said}; compare driver, CANN and torch_npu with the row of versions")
+        return Finding(check, "failed", f"{said}; compare driver and packages with the row of versions")
     return Finding(check, "ok", said)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from npd_ascend.config import Config
-from npd_ascend.device import DTYPES, group_bytes
+from npd_ascend.device import DTYPES, NPU, group_bytes
 from npd_ascend.errors import UserError
 from npd_ascend.model.families import read_config
 from npd_ascend.parallel.plan import refusal
@@ -43,7 +43,7 @@ class Plan:
 
 def print_plan(config: Config) -> None:
     """Print memory, time and rates of a run. UserError names what does not fit, and what would."""
-    hardware = this_host() if config.device.kind == "cpu" else ASCEND
+    hardware = _hardware(config.device.kind)
     asked = _Asked(config, hardware)
     plan = asked.plan(asked.layout)
     print(f"plan of {config.run.name} on {hardware.name}\n{plan.layout}\n")
@@ -55,6 +55,15 @@ def print_plan(config: Config) -> None:
             f"{memory.role} needs {size(memory.peak)}iB of a card and {size(plan.limits[memory.role])}iB are there "
             f"({HEADROOM:.0%} of what is free when idle); {asked.way_out(memory)}"
         )
+
+
+def _hardware(kind: str) -> Hardware:
+    if kind not in ("cpu", NPU):
+        raise UserError(
+            f"device.kind={kind}: npd_ascend/planner/rates.py has no rates of such a card, so nothing can be planned; "
+            f"`npd run --dry-run` checks all else"
+        )
+    return ASCEND if kind == NPU else this_host()
 
 
 class _Asked:

@@ -36,15 +36,15 @@ def test_each_rank_has_its_own_npu(monkeypatch):
 
 def test_a_rank_without_an_npu_is_told(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "8")
-    with pytest.raises(UserError, match=r"this rank wants NPU 8 and 8 are visible .*lower parallel.tp x parallel.dp"):
+    with pytest.raises(UserError, match=r"this rank wants NPU device 8 and torch \S+ sees 8 .*lower parallel.tp x"):
         open_device("npu", 0)
 
 
 @pytest.mark.parametrize(
     ("devices", "said"),
     [
-        (0, "this rank wants NPU 0 and 0 are visible"),
-        (8, "NPU 0 cannot be opened (Initialize:../torch_npu/csrc/core/npu/sys_ctrl/npu_sys_ctrl.cpp"),
+        (0, "this rank wants NPU device 0 and torch"),
+        (8, "NPU device 0 cannot be opened (Initialize:../torch_npu/csrc/core/npu/sys_ctrl/npu_sys_ctrl.cpp"),
     ],
 )
 def test_a_machine_without_a_working_npu_is_told(devices, said):

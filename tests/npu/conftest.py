@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npd_ascend.device import accelerator, open_device
+from npd_ascend.device import NPU, open_device
 from npd_ascend.doctor.device import NO_NPU, cann_version, parse_npu_smi, run_npu_smi
 from npd_ascend.doctor.versions import ROOT, read_row
 from npd_ascend.errors import UserError
@@ -27,7 +27,7 @@ def _why_not() -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1, as the other tests set it; run `bash tests/npu/run.sh`"
     try:
-        open_device(accelerator(), 0)
+        open_device(NPU, 0)
     except UserError as error:
         return str(error)
     return None
@@ -48,7 +48,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def card() -> torch.device:
-    return open_device(accelerator(), 0)
+    return open_device(NPU, 0)
 
 
 @pytest.fixture
