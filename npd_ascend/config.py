@@ -3,6 +3,7 @@
 Every default that the NPD paper does not state says so in docs/method.md.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -260,6 +261,11 @@ class Config(Section):
         rollout = self.rollout
         if rollout is None or self.data.problems is None:
             raise ValueError("grpo needs rollout and data.problems; add what is missing or remove grpo")
+        if self.npd is None and (self.filters != FilterConfig() or rollout.samples_per_prompt != 1):
+            raise ValueError(
+                "filters and rollout.samples_per_prompt are for npd, and this run has grpo alone, which would pay no "
+                "heed to them; remove them"
+            )
         if rollout.temperature != 1 or rollout.top_p != 1:
             raise ValueError(
                 f"rollout.temperature={rollout.temperature} and top_p={rollout.top_p} with grpo, which trains the "
@@ -279,6 +285,11 @@ class Config(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override, validate, make paths absolute. `overrides`: dotted `key=value`, values as YAML."""
     return _with_absolute_paths(load_yaml(Config, path, overrides))
+
+
+def override(key: str, value: Path | str) -> str:
+    """key=value that reads back as this very text, whatever YAML would see in it."""
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def load_yaml(kind: type[_Kind], path: Path, overrides: Sequence[str]) -> _Kind:
@@ -314,7 +325,9 @@ def _override(raw: dict, text: str) -> None:
     *parents, leaf = key.split(".")
     section: Any = raw
     for name in parents:
-        if not isinstance(section.setdefault(name, {}), dict):
+        if section.get(name) is None:  # not there, or null as in a saved configuration
+            section[name] = {}
+        if not isinstance(section[name], dict):
             raise UserError(f"override {text!r}: {name} is a value, not a section")
         section = section[name]
     try:
@@ -340,6 +353,8 @@ def _known_keys(location: list[str], kind: type[BaseModel] = Config) -> list[str
     sources = {"jsonl": JsonlSource, "addition": AdditionSource, "reasoning_gym": ReasoningGymSource}
     section: Any = kind
     for part in location:
+        if part.isdecimal():  # the place in a list
+            continue
         if part in sources:
             section = sources[part]
             continue

@@ -19,6 +19,7 @@ from npd_ascend.prompts import grpo_shards, read_heldout, wanted_shards
 from npd_ascend.records import Prompt
 from npd_ascend.rewards.functions import check_installed
 from npd_ascend.rollout.vllm_versions import require_vllm
+from npd_ascend.runfolder import RunFolder
 from npd_ascend.stream import Stream
 from npd_ascend.teacher.check import check_teacher
 from npd_ascend.teacher.worker import check_vocabularies, load_teacher, shared_vocab_size
@@ -33,6 +34,7 @@ def check_run(config: Config) -> str:
     """The plan as text; UserError names the first thing that would fail."""
     if (config.npd or config.grpo) and config.rollout.engine == "vllm":
         require_vllm()
+    RunFolder(config).check_data(keep=False)
     student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]
     lines.append(f"student  {_millions(student)} ({config.student.init}), {config.student.path}")
@@ -129,9 +131,11 @@ def _check_apart(training: set[tuple[int, ...]], heldout: list[Prompt], key: str
 
 
 def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer) -> None:
-    """Checkpoints (master and two moments, two kept and one being written), versions, the student, the stream."""
+    """Checkpoints (master and two moments; two of every stage are kept and one is being written), versions, the
+    student, the stream."""
     weights = 4 * student.num_parameters
-    need = weights * 3 * 3 + weights
+    stages = sum(section is not None for section in (config.sft, config.npd, config.grpo))
+    need = weights * 3 * (2 * stages + 1) + weights
     if config.npd:
         samples = sum(map(len, wanted_shards(config, tokenizer)))
         token_bytes = _BYTES_PER_TOKEN + 8 * config.teacher.top_k
@@ -143,7 +147,7 @@ def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer
     if config.grpo:
         # versions: the reference, the newest and those that may still be asked for
         answers = config.grpo.steps * config.grpo.groups_per_step * config.grpo.group_size
-        need += weights * (config.grpo.max_lag + 4) + weights * 3 * 3
+        need += weights * (config.grpo.max_lag + 4)
         need += answers * config.rollout.max_new_tokens * _BYTES_PER_TOKEN
     run = config.run.folder
     need -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file()) if run.exists() else 0

@@ -1,5 +1,7 @@
-"""Where prompts come from. A source is a function of its configuration alone, so a restart sees the same."""
+"""Where prompts come from. A source is a function of its configuration, and of a file that may not change: a restart
+sees the same rows."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Literal
@@ -74,9 +76,19 @@ def read_heldout(config: Config, tokenizer: ChatTokenizer, max_new_tokens: int) 
     return read_prompts(config.data, "heldout", tokenizer, max_prompt_tokens=room)
 
 
+def fingerprints(data: DataConfig) -> dict[str, str]:
+    """Role -> sha256 of the rows, for every source that is a file: their prompt ids are numbers of lines."""
+    files = {role: source for role, source in data if isinstance(source, JsonlSource)}
+    return {
+        role: hashlib.sha256("".join(json.dumps(row[1:]) + "\n" for row in _jsonl(source)).encode()).hexdigest()
+        for role, source in files.items()
+    }
+
+
 def max_prompt_tokens(config: Config, max_new_tokens: int) -> int:
-    """Prompt tokens that leave room for an answer in the student's context."""
-    return read_config(config.student.path).max_position - max_new_tokens
+    """Prompt tokens that leave room for an answer in the context of the student, and of the teacher that reads both."""
+    models = [config.student.path] + ([config.teacher.path] if config.npd else [])
+    return min(read_config(folder).max_position for folder in models) - max_new_tokens
 
 
 def read_prompts(
@@ -105,7 +117,7 @@ def read_prompts(
         if len(token_ids) > max_prompt_tokens:
             raise UserError(
                 f"{key}: {place} has {len(token_ids)} tokens, but only {max_prompt_tokens} fit before the answer; "
-                f"shorten or remove it, or raise the model's context or lower max_new_tokens"
+                f"shorten or remove it, lower max_new_tokens, or take models with a longer context"
             )
         prompts.append(
             Prompt(prompt_id=prompt_id, text=text, token_ids=token_ids, answer=answer, heldout=role == "heldout")

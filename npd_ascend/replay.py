@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from npd_ascend.config import Config, dump_config, load_config
+from npd_ascend.config import Config, dump_config, load_config, override
 from npd_ascend.durable import append_line, commit_folder
 from npd_ascend.errors import UserError
 from npd_ascend.filters import decide, free_reasons
@@ -60,7 +60,7 @@ def plan_replay(source: Path, folder: Path, overrides: Sequence[str]) -> tuple[R
             f"{source}: has a grpo stage, which generates as it trains; a replay takes runs that end with NPD; "
             f"start one without grpo"
         )
-    config = load_config(source / "config.yaml", [*overrides, f"run.folder={folder.absolute()}"])
+    config = load_config(source / "config.yaml", [*overrides, override("run.folder", folder.absolute())])
     changes = {}
     for key, was, now in differences(recorded.config, config):
         fixed = _SCHEDULE.fullmatch(key) or (recorded.config.npd.stream and key in _SHARDS)
@@ -96,6 +96,8 @@ def _fill(draft: Path, recorded: RunFolder, config: Config) -> None:
     stream.folder.mkdir()
     if recorded.stream.tokenizer.exists():  # its first process compares
         shutil.copy(recorded.stream.tokenizer, stream.tokenizer)
+    if recorded.data.exists():
+        shutil.copy(recorded.data, draft / recorded.data.name)
     tokenizer = ChatTokenizer(config.student.path)
     if config.npd.stream:
         wanted = range(len(wanted_shards(config, tokenizer)))

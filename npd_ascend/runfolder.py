@@ -1,5 +1,6 @@
 """The run folder: where everything lies, whose configuration it is, and who is working on it."""
 
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from npd_ascend.config import Config, dump_config, load_config
+from npd_ascend.config import Config, dump_config, load_config, override
 from npd_ascend.durable import commit_file, keep_first, only_process
 from npd_ascend.errors import UserError
 from npd_ascend.heartbeat import Heartbeat
@@ -45,6 +46,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
         self.evaluations = self.path / "evaluations.json"
+        self.data = self.path / "data.json"
 
     def heartbeat(self, name: str) -> Heartbeat:
         """That of the process `name`, as the supervisor looks for it."""
@@ -53,7 +55,8 @@ class RunFolder:
     def tokenizer(self) -> "ChatTokenizer":
         """The student's, whose fingerprint lies beside the token ids of the stream.
 
-        UserError if it has changed since another process of the run, or an earlier one, has used it.
+        UserError if it has changed since another process of the run, or an earlier one, has used it, or if the rows
+        of a data file have.
         """
         from npd_ascend.tokenizer import ChatTokenizer  # `npd run` itself needs no transformers
 
@@ -65,7 +68,25 @@ class RunFolder:
                 f"{mine[:12]}, {file} has {kept[:12]}), so the stream's token ids would mean other text; restore "
                 f"it, or start again with a new run.folder"
             )
+        self.check_data(keep=True)
         return tokenizer
+
+    def check_data(self, *, keep: bool) -> None:
+        """UserError if the rows of a data file are not those that the run began with.
+
+        keep: those that are found become them if the run has none yet.
+        """
+        from npd_ascend.prompts import fingerprints
+
+        found = json.dumps(mine := fingerprints(self.config.data)) + "\n"
+        kept = keep_first(self.data, found) if keep else self.data.read_text() if self.data.exists() else found
+        for role, was in json.loads(kept).items():
+            if mine[role] != was:
+                raise UserError(
+                    f"{getattr(self.config.data, role).path}: data.{role}: its rows are not those that this run began "
+                    f"with (sha256 {mine[role][:12]}, {self.data} has {was[:12]}), so prompt ids would mean other "
+                    f"questions; restore the file, or start again with a new run.folder"
+                )
 
     def needs_npd(self) -> None:
         """UserError for a run without NPD."""
@@ -145,7 +166,7 @@ def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
     if not saved.exists():
         return []
     # through Config, so that a key that is newer than the folder has its default
-    changes = differences(load_config(saved, [f"run.folder={config.run.folder}"]), config)
+    changes = differences(load_config(saved, [override("run.folder", config.run.folder)]), config)
     if other := [f"{key} was {old!r}, is {new!r}" for key, old, new in changes if not _MAY_CHANGE.fullmatch(key)]:
         raise UserError(
             f"{saved}: this run was started with another configuration ({'; '.join(other[:3])}); "
@@ -163,7 +184,7 @@ def reopen_run(folder: Path) -> RunFolder:
     """The run whose resolved configuration lies in `folder`, which may have been moved or copied."""
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: no config.yaml, so not a run folder; start one with `npd run --config FILE`")
-    return RunFolder(load_config(folder / "config.yaml", [f"run.folder={folder.absolute()}"]))
+    return RunFolder(load_config(folder / "config.yaml", [override("run.folder", folder.absolute())]))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from npd_ascend.config import load_config, load_yaml
+from npd_ascend.config import load_config, load_yaml, override
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.progress import progress
@@ -101,7 +101,7 @@ def _check(sweep: SweepConfig, run: _Run) -> None:
     if sweep.source:
         plan_replay(sweep.source, run.folder, run.overrides)
     else:
-        allowed_changes(load_config(sweep.config, [*run.overrides, f"run.folder={run.folder}"]))
+        allowed_changes(load_config(sweep.config, [*run.overrides, override("run.folder", run.folder)]))
 
 
 def _do(sweep: SweepConfig, run: _Run) -> None:
@@ -111,7 +111,7 @@ def _do(sweep: SweepConfig, run: _Run) -> None:
     if sweep.source:
         command += ["replay", "--run", str(sweep.source), str(run.folder), *run.overrides]
     else:
-        command += ["run", "--config", str(sweep.config), f"run.folder={run.folder}", *run.overrides]
+        command += ["run", "--config", str(sweep.config), override("run.folder", run.folder), *run.overrides]
     with log.open("a") as output:
         done = subprocess.run(command, stdout=output, stderr=output, check=False, preexec_fn=die_with_parent)
     if done.returncode:

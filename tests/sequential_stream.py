@@ -21,7 +21,7 @@ def main() -> None:
     pacing = trainer.pacing
     with (
         open_maker(run, tokenizer, pacing.shards, "rollout", None) as maker,
-        open_reader(run, tokenizer, "score", None) as reader,
+        open_reader(run, tokenizer, None) as reader,
     ):
 
         def make(shard: int) -> None:

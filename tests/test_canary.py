@@ -111,6 +111,39 @@ def test_a_generator_with_other_weights_ends_the_run_before_it_generates(tmp_pat
     assert canary < 1e-4
 
 
+@pytest.mark.parametrize(("trains", "generates"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_two_types_of_numbers_differ_by_no_more_than_the_coarser_rounds(trains, generates, tmp_path):
+    settings = ["data.gold.count=40", "data.prompts.count=20", "data.heldout.count=10", "sft.epochs=1"]
+    settings += ["device.threads=1", f"student.dtype={trains}", f"rollout.dtype={generates}"]
+    run = tmp_path / "run"
+    assert main(["sft", "--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={run}", *settings]) == 0
+    assert main(["rollout", "--run", str(run)]) == 0
+    (canary,) = [row["rollout/canary"] for row in read_metrics(run) if "rollout/canary" in row]
+    assert 2e-3 < canary < 0.1  # past what float32 alone would explain
+
+
+def as_file(folder, rows):
+    folder.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_other_rows_than_the_runs_end_whoever_finds_them(tmp_path, capsys):
+    """A prompt id is a line of its file: in another order it would be another question."""
+    run, rows = tmp_path / "run", [{"prompt": f"{a}+{a}", "answer": str(2 * a)} for a in range(100, 130)]
+    file = as_file(tmp_path / "sums.jsonl", rows)
+    prompts = f"data.prompts={{kind: jsonl, path: {file}, count: 20}}"
+    words = ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={run}", prompts]
+    words += ["data.gold.count=40", "data.heldout.count=10", "sft.epochs=1", "device.threads=1"]
+    assert main(["sft", *words]) == 0
+    as_file(file, rows[::-1])
+    for command in (["rollout", "--run", run], ["score", "--run", run], ["run", "--dry-run", "--run", run]):
+        assert main(list(map(str, command))) == 2
+        assert f"{file}: data.prompts: its rows are not those that this run began with" in capsys.readouterr().err
+    assert not (run / "stream" / "manifest.jsonl").exists()
+    as_file(file, [*rows, {"prompt": "999+1"}])  # behind those that are taken
+    assert main(["rollout", "--run", str(run)]) == 0
+
+
 def swap_digits(folder):
     """4 and 5 change their ids, in the tokenizer alone."""
     file = folder / "tokenizer.json"

@@ -1,13 +1,16 @@
 """Every shipped configuration loads; every typo is told with file, key, reason and way out."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
-from npd_ascend.config import dump_config, load_config
+from npd_ascend.config import dump_config, load_config, override
 from npd_ascend.errors import UserError
-from npd_ascend.runfolder import open_run
+from npd_ascend.runfolder import open_run, reopen_run
 
 ADDITION, TEACHER = CONFIGS / "addition_cpu.yaml", CONFIGS / "addition_teacher.yaml"
 
@@ -114,6 +117,37 @@ def test_a_run_may_go_on_elsewhere_but_not_as_another(tmp_path, caplog):
     assert load_config(saved) == changed
     with pytest.raises(UserError, match=r"sft\.optimizer\.lr was 0\.003, is 0\.001"):
         open_run(load_config(ADDITION, [folder, "sft.optimizer.lr=0.001"]))
+
+
+@pytest.mark.parametrize("name", ["exp #3", "a: b", "[1, 2]", "null", "ümlaut 🙂", '"quoted"'])
+def test_a_folder_may_have_any_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ADDITION, [override("run.folder", name)])
+    assert config.run.folder == tmp_path / name
+    open_run(config)
+    assert reopen_run(Path(name)).path == tmp_path / name
+    open_run(config)  # and goes on there
+
+
+def test_a_section_that_is_null_in_a_saved_configuration_may_be_set(tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_config(load_config(ADDITION)))
+    assert load_config(saved, ["npd.stream.max_lag=2", "npd.refresh_after=[]"]).npd.stream.max_lag == 2
+    with pytest.raises(UserError, match=r"override 'run.name.x=2': name is a value, not a section"):
+        load_config(saved, ["run.name.x=2"])
+
+
+def test_the_example_of_the_first_script_is_one():
+    said = (CONFIGS.parent / "launch" / "npd_cpu.sh").read_text()
+    load_config(ADDITION, re.search(r"for example: (.*)", said)[1].split())
+
+
+def test_a_setting_that_would_do_nothing_is_refused():
+    for words in (["filters.drop_truncated=true"], ["rollout.samples_per_prompt=4"]):
+        with pytest.raises(UserError, match=r"are for npd, and this run has grpo alone"):
+            load_config(CONFIGS / "addition_grpo.yaml", words)
+    with pytest.raises(UserError, match=r"publish_not_before=2 is for publish_at_kl"):
+        load_config(ADDITION, ["npd.refresh_after=[]", "npd.stream={publish_not_before: 2}"])
 
 
 @pytest.mark.parametrize(

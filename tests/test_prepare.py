@@ -1,6 +1,7 @@
 """npd prepare on files of every kind it reads."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,12 @@ def test_a_wrong_file_is_named_and_nothing_is_left(tmp_path, content, name, said
     assert done.returncode == 2
     assert said in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"prepare.yaml", name}
+
+
+def test_a_typo_in_a_list_is_told_with_the_keys_that_are_there(tmp_path):
+    done = prepare(tmp_path, [{"path": "a.jsonl", "promt_key": "question"}])
+    assert done.returncode == 2
+    assert re.search(r"unknown key sources.0.promt_key; known keys there: .*prompt_key", done.stderr)
 
 
 def test_the_file_that_comes_with_the_project_is_sound():

@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CONFIGS
 from test_doctor import A3
 
+from npd_ascend import preflight
 from npd_ascend.__main__ import main
+from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
 from npd_ascend.tokenizer import ChatTokenizer
 
@@ -62,6 +65,29 @@ def test_a_tokenizer_that_transformers_would_make_of_nothing(named, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": named}))
     with pytest.raises(UserError, match=f"^{folder}/tokenizer.json: no such file"):
         ChatTokenizer(folder)
+
+
+def test_a_teacher_whose_context_is_too_short(capsys, tmp_path):
+    """It would be asked about places that it has never seen, and answer."""
+    folder = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "model"))
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 12}))
+    said = refusal(capsys, tmp_path / "run", f"teacher.path={folder}")
+    assert re.search(
+        r"has \d+ tokens, but only \d+ fit before the answer; .* or take models with a longer context", said
+    )
+
+
+def test_a_disk_must_hold_the_checkpoints_of_every_stage(monkeypatch):
+    """Of a model of a billion parameters: 12 bytes for each, two of every stage; SFT's stay when NPD trains."""
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    tokenizer, needs = ChatTokenizer(CONFIGS / "addition" / "student"), []
+    for words in ([], PRETRAINED):
+        config = load_config(CONFIGS / "addition_cpu.yaml", words)
+        with pytest.raises(UserError, match=r"0\.0 GB free, but the run may need \d+\.\d GB") as error:
+            preflight._check_disk(config, SimpleNamespace(num_parameters=10**9), tokenizer)
+        needs.append(float(re.search(r"need ([\d.]+) GB", str(error.value))[1]))
+    assert needs[0] - needs[1] == pytest.approx(24, abs=0.11)
 
 
 def test_ranks_that_do_not_divide_the_heads(nodes, capsys, tmp_path):

@@ -27,7 +27,8 @@ from npd_ascend.weights.control import SILENCE_S, TransferError
 from npd_ascend.weights.receiver import WeightReceiver
 
 _log = logging.getLogger(__name__)
-# Mean difference of log-probs that rounding explains; other weights of the smallest models differ by 0.1 and more.
+# Mean difference of log-probs that rounding explains, where the coarser of trainer and generator has that type; other
+# weights of the smallest models differ by 0.1 and more.
 CANARY_NATS = {"float32": 2e-3, "bfloat16": 0.1}
 
 
@@ -44,7 +45,7 @@ def run_rollouts(run: RunFolder, number: int, worker: int | None) -> None:
     missing, total, done = left_of(mine, committed, shards)
     if missing:
         with (
-            open_maker(run, tokenizer, shards, f"rollout-v{number}", worker) as maker,
+            open_maker(run, tokenizer, shards, "rollout", worker, label=f"rollout-v{number}") as maker,
             progress(f"rollout v{number}", total, "samples", done) as bar,
         ):
             for shard in missing:
@@ -104,14 +105,17 @@ def _may_begin(run: RunFolder, pacing: Pacing, shard: int) -> bool:
 class Maker:
     """An engine, the weights it has, and the shards it makes with them."""
 
-    def __init__(self, run: RunFolder, engine: Engine, shards: Sequence[Sequence[Wanted]], name: str):
+    def __init__(self, run: RunFolder, engine: Engine, shards: Sequence[Sequence[Wanted]], process: str, label: str):
+        """process: whose heartbeat the supervisor looks for. label: of its metrics."""
         self._run, self._engine, self._shards = run, engine, shards
         self._version: int | None = None
         self._receiver: WeightReceiver | None = None
         weights = run.config.rollout.weights
         if weights != "disk":
-            self._receiver = WeightReceiver(run.path / "weights", name, timeout_s=SILENCE_S, device=weights == "device")
-        self.metrics, self.heartbeat = MetricsLog(run.path, name), run.heartbeat(name)
+            self._receiver = WeightReceiver(
+                run.path / "weights", process, timeout_s=SILENCE_S, device=weights == "device"
+            )
+        self.metrics, self.heartbeat = MetricsLog(run.path, label), run.heartbeat(process)
 
     def _receive(self, version: int) -> bool:
         """Whether `version` came from the trainer's memory; if it should have, the log says why not."""
@@ -146,7 +150,9 @@ class Maker:
             raise UserError(f"{folder}: no canary.json, which says whether the generator has these weights; restore it")
         if probes:
             found = self._engine.next_logprobs([probe.context for probe in probes], [probe.next_id for probe in probes])
-            difference = compare(probes, found, CANARY_NATS[self._run.config.rollout.dtype], folder)
+            config = self._run.config
+            nats = max(CANARY_NATS[config.rollout.dtype], CANARY_NATS[config.student.dtype])
+            difference = compare(probes, found, nats, folder)
             self.metrics.log(version, rollout__canary=difference)
         self._version = version
         self.heartbeat.beat()
@@ -187,10 +193,18 @@ class Maker:
 
 @contextmanager
 def open_maker(
-    run: RunFolder, tokenizer: ChatTokenizer, shards: Sequence[Sequence[Wanted]], name: str, worker: int | None
+    run: RunFolder,
+    tokenizer: ChatTokenizer,
+    shards: Sequence[Sequence[Wanted]],
+    process: str,
+    worker: int | None,
+    *,
+    label: str | None = None,
 ) -> Iterator[Maker]:
+    """label: of the metrics, if not `process`, whose heartbeat the supervisor looks for."""
     longest = max(len(prompt.token_ids) for shard in shards for prompt, _ in shard)
-    maker = Maker(run, open_engine(run.config, tokenizer, longest), shards, worker_name(name, worker))
+    engine = open_engine(run.config, tokenizer, longest)
+    maker = Maker(run, engine, shards, worker_name(process, worker), worker_name(label or process, worker))
     try:
         yield maker
     finally:

@@ -52,7 +52,7 @@ def run_scoring(run: RunFolder, number: int, worker: int | None) -> None:
     dropped = free_reasons(rollouts, run.config.filters, run.config.npd.pack_tokens)
     mine = share(list(shards), worker, run.config.processes.teacher)
     missing, total, done = left_of(mine, committed, shards)
-    with open_reader(run, tokenizer, f"score-v{number}", worker) as reader:
+    with open_reader(run, tokenizer, worker, label=f"score-v{number}") as reader:
         with progress(f"score v{number}", total, "samples", done) as bar:
             for shard in missing:
                 reader.score(number, shard, shards[shard], dropped)
@@ -77,7 +77,7 @@ def run_live_scoring(run: RunFolder, worker: int | None) -> None:
     missing, total, done = left_of(mine, run.stream.shards("decisions"), pacing.shards)
     if not missing:
         return
-    with open_reader(run, tokenizer, "score", worker) as reader, progress("score", total, "samples", done) as bar:
+    with open_reader(run, tokenizer, worker) as reader, progress("score", total, "samples", done) as bar:
         for shard in missing:
             waited = reader.heartbeat.wait(partial(_is_shard_generated, run, shard), f"rollouts of shard {shard}")
             rollouts = run.stream.read_shard(run.stream.shards("rollouts")[shard])
@@ -99,12 +99,13 @@ def _is_shard_generated(run: RunFolder, shard: int) -> bool:
 class Reader:
     """The teacher, and the student as it was when it generated; both read rollouts, one shard at a time."""
 
-    def __init__(self, run: RunFolder, tokenizer: ChatTokenizer, name: str):
+    def __init__(self, run: RunFolder, tokenizer: ChatTokenizer, process: str, label: str):
+        """process: whose heartbeat the supervisor looks for. label: of its metrics."""
         self._run, self._tokenizer = run, tokenizer
         self._teacher: Scorer | None = None
         self._student: Scorer | None = None
         self._version: int | None = None
-        self.metrics, self.heartbeat = MetricsLog(run.path, name), run.heartbeat(name)
+        self.metrics, self.heartbeat = MetricsLog(run.path, label), run.heartbeat(process)
 
     def score(
         self, number: int, shard: int, rollouts: Sequence[Rollout], dropped: Mapping[str, str], waited: float = 0.0
@@ -173,8 +174,10 @@ class Reader:
 
 
 @contextmanager
-def open_reader(run: RunFolder, tokenizer: ChatTokenizer, name: str, worker: int | None) -> Iterator[Reader]:
-    reader = Reader(run, tokenizer, worker_name(name, worker))
+def open_reader(
+    run: RunFolder, tokenizer: ChatTokenizer, worker: int | None, *, label: str = "score"
+) -> Iterator[Reader]:
+    reader = Reader(run, tokenizer, worker_name("score", worker), worker_name(label, worker))
     try:
         yield reader
     finally:

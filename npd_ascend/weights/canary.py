@@ -47,6 +47,6 @@ def compare(probes: Sequence[Probe], logprobs: np.ndarray, tolerance: float, fol
             f"{folder}: canary: the generator does not have these weights. Over {len(probes)} tokens its log-probs are "
             f"{mean:.3g} nats from the trainer's on average, {tolerance:g} is rounding; worst: token "
             f"{probes[worst].next_id} after {len(probes[worst].context)} tokens, {logprobs[worst]:.4f} and not "
-            f"{wanted[worst]:.4f}. Set rollout.engine: hf, or report it with this line"
+            f"{wanted[worst]:.4f}. Report it with this line; if rollout.engine is vllm, hf does without it meanwhile"
         )
     return mean
