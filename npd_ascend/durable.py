@@ -55,8 +55,11 @@ def commit_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append one line durably; several processes may. A torn last line, left by a killed writer, is cut off first."""
+def append_line(path: Path, line: str, *, durable: bool = True) -> None:
+    """Append one line; several processes may. A torn last line, left by a killed writer, is cut off first.
+
+    durable: it is on the disk when this returns, else when the system writes it.
+    """
     with _disk_full_is_said(path), path.open("ab+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # ends with the file, and is known on network file systems too
         size = file.seek(0, os.SEEK_END)
@@ -65,8 +68,9 @@ def append_line(path: Path, line: str) -> None:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager
@@ -87,8 +91,12 @@ def only_process(path: Path, refusal: str) -> Iterator[None]:
 def keep_first(path: Path, text: str) -> str:
     """What `path` holds: `text`, unless another process was first. It is there whole or not at all."""
     if not path.exists():
-        with commit_file(path, f".{os.getpid()}") as draft:
-            draft.write_text(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # as in append_line
+            if not path.exists():
+                with commit_file(path) as draft:
+                    draft.write_text(text)
     return path.read_text()
 
 

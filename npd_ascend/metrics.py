@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from npd_ascend.durable import append_line
+
 # name -> (unit, meaning). A name that is not here cannot be logged.
 METRICS = {
     "train/loss": ("nats/token", "objective of the step: sum over its answer tokens, divided once"),
@@ -89,8 +91,7 @@ class MetricsLog:
         if unknown := named.keys() - METRICS.keys():
             raise AssertionError(f"metrics without a unit: {sorted(unknown)}; add them to METRICS")
         row = {"time": time.time(), "stage": self._stage, "step": step} | named
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self._path, json.dumps(row), durable=False)
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
 

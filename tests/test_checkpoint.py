@@ -57,6 +57,7 @@ def test_a_weight_version_whose_bytes_changed_is_refused(tmp_path):
     with pytest.raises(UserError, match="version 0 is not published"):
         channel.fetch(0)
     channel.publish(0, model, source, [])
+    (tmp_path / "v0.bak").mkdir()  # somebody's copy
     assert channel.versions() == [0]
     file = channel.fetch(0) / "model.safetensors"
     content = bytearray(file.read_bytes())

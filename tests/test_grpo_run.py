@@ -105,6 +105,8 @@ def test_a_run_leaves_what_it_promises(reference):
     table = read_table(reference / "grpo")
     assert table.num_rows == 6 * 16 * 4
     assert set(table["reward"].to_pylist()) <= {0.0, 0.5, 1.0, 1.5}
+    tokens = sum(len(answer) for answer in table["logprobs"].to_pylist())
+    assert json.loads((reference / "summary.json").read_text())["tokens"]["rolled_out"] == tokens
     steps = [version // 2 for version in range(6)]  # on-policy: two steps on each version, none behind it
     assert sorted(table["weight_version"].to_pylist()) == sorted(step for step in steps for _ in range(64))
     assert "Groups without signal" in (reference / "report.html").read_text()

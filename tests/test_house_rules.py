@@ -16,7 +16,7 @@ FORBIDDEN = {
     "records": [""],
     "device": ["errors|ranks|"],
     "ranks": ["errors|"],
-    "metrics": [""],
+    "metrics": ["durable|"],
     "config": ["config_training|errors|"],
     "config_training": [""],
     "model": ["config|errors|durable|model|"],

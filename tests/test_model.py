@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from npd_ascend.errors import UserError
 from npd_ascend.model.families import read_config
 from npd_ascend.model.hf_weights import hf_views
-from npd_ascend.model.load import load_decoder, save_decoder
+from npd_ascend.model.load import copy_model_files, load_decoder, save_decoder
 
 CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
 LENGTHS = [7, 1, 12, 12, 3]
@@ -58,6 +58,25 @@ def test_export_loads_in_transformers_and_is_byte_identical_the_second_time(hf_p
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
     sample = _samples(ours.config.vocab_size)[0][None]
     assert torch.equal(loaded(sample).logits, hf(sample).logits)
+
+
+def test_what_travels_with_a_model_is_no_weights_in_any_format(addition_student, tmp_path):
+    for name in (
+        "original/consolidated.00.pth",
+        "onnx/model.onnx",
+        ".git/lfs/blob",
+        "tf_model.h5",
+        "flax_model.msgpack",
+    ):
+        (file := addition_student / name).parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    kept = {"LICENSE", "Open Source Software Notice", "tokenizer.model", "additional_chat_templates/tools.jinja"}
+    for name in kept:
+        (file := addition_student / name).parent.mkdir(exist_ok=True)
+        file.touch()
+    copy_model_files(addition_student, tmp_path / "copy")
+    copied = {str(file.relative_to(tmp_path / "copy")) for file in (tmp_path / "copy").rglob("*") if file.is_file()}
+    assert copied == kept | {"config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
 
 def _edited(folder, **changes):

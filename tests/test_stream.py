@@ -10,6 +10,7 @@ from conftest import CONFIGS
 from npd_ascend.config import load_config
 from npd_ascend.durable import commit_file, commit_folder
 from npd_ascend.errors import UserError
+from npd_ascend.metrics import MetricsLog, read_metrics
 from npd_ascend.records import Decision, Rollout, Score, sample_id
 from npd_ascend.runfolder import open_run
 from npd_ascend.stream import Stream, read_table
@@ -162,6 +163,53 @@ def test_a_corrupted_shard_is_named_and_one_that_is_gone_too(tmp_path):
 def test_a_rollout_that_contradicts_itself_is_refused(changes):
     with pytest.raises(ValueError, match="p0/v0/0"):
         rollout(0, **changes)
+
+
+def test_a_torn_row_of_metrics_does_not_take_the_next_along(tmp_path):
+    log = MetricsLog(tmp_path, "npd")
+    log.log(0, train__loss=3.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"time": 1, "stage": "npd", "st')
+    log.log(1, train__loss=2.0)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_metrics_on_a_full_disk_are_said_in_one_line(tmp_path):
+    code = f"""
+import resource, signal
+from pathlib import Path
+from npd_ascend.errors import UserError
+from npd_ascend.metrics import MetricsLog
+
+log = MetricsLog(Path({str(tmp_path)!r}), "npd")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+try:
+    for step in range(9):
+        log.log(step, train__loss=1.0)
+except UserError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "metrics.jsonl: the disk is full; free some space" in done.stdout, done.stderr
+
+
+def test_the_first_of_two_who_both_saw_nothing_stands(tmp_path):
+    """Each would otherwise see its own."""
+    code = "import sys; from pathlib import Path; from npd_ascend.durable import keep_first\n"
+    code += "sys.stdin.readline(); print(keep_first(Path(sys.argv[1]), sys.argv[2]))"
+    file, pipe = tmp_path / "kept", subprocess.PIPE
+    for _ in range(5):
+        both = [
+            subprocess.Popen([sys.executable, "-c", code, file, str(i)], stdin=pipe, stdout=pipe, text=True)
+            for i in range(2)
+        ]
+        for one in both:
+            one.stdin.write("\n")
+            one.stdin.flush()
+        assert len({one.communicate()[0] for one in both} | {file.read_text() + "\n"}) == 1
+        file.unlink()
 
 
 def _fail_half_way(draft):

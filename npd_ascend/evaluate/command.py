@@ -114,7 +114,7 @@ def _fingerprint(settings: EvalSettings) -> dict[str, str]:
 
 
 def _identity(settings: EvalSettings, chosen: BenchmarkSettings, model: dict, lm_eval_version: str) -> dict:
-    """All that the answers to a benchmark depend on. Batch size and memory change rounding at most, so they may."""
+    """All that the answers to a benchmark depend on. Memory and threads may change."""
     kept = settings.model.model_dump(mode="json", include={"dtype", "engine", "system_prompt", "prompt_suffix"})
     return {
         "lm_eval": lm_eval_version,

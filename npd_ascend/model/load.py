@@ -1,6 +1,7 @@
 """Open a model folder as a decoder, and write one back as a Hugging Face folder."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,8 +16,11 @@ from npd_ascend.model.hf_weights import hf_shapes, hf_views, load_hf_weights
 from npd_ascend.model.safetensors_stream import write_safetensors
 from npd_kernels import layer_ops, packed_attention, token_loss
 
-# Everything but weights and their index belongs to the model and travels with it (licence files included).
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.gguf", "version.json", "canary.json")
+# Everything else belongs to the model and travels with it (licence files included).
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data|ot|tflite)|.*\.index\.json|(version|canary)\.json"
+)
+_TEMPLATES = "additional_chat_templates"  # the one folder that transformers has for a tokenizer
 
 
 def choose_kernels(config: KernelConfig, device: torch.device) -> Kernels:
@@ -77,5 +81,10 @@ def save_decoder(
 
 
 def copy_model_files(source: Path, folder: Path) -> None:
-    """Everything of a model folder but its weights."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+    """The files of a model folder but for weights, in any format, and what is hidden; of its folders chat templates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith(".") and not _WEIGHTS.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES, dirs_exist_ok=True)

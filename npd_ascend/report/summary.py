@@ -56,7 +56,7 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "kept_share": kept_share(versions),
         "kept": {str(version.version): version.kept for version in versions},
         "tokens": {
-            "rolled_out": sum(version.rolled_out_tokens for version in versions),
+            "rolled_out": sum(version.rolled_out_tokens for version in versions) + _for_grpo(rows),
             "scored": sum(version.scored_tokens for version in versions),
             "trained": sum(trained.values()),
             "trained_by_stage": trained,
@@ -66,6 +66,11 @@ def summarise(run: RunFolder, rows: Sequence[Mapping], versions: Sequence[Versio
         "seconds_total": seconds_in_all(run),
         "pack_fill": {stage: _last(rows, stage, "pack/fill") for stage in TRAINED},
     }
+
+
+def _for_grpo(rows: Sequence[Mapping]) -> int:
+    """Answer tokens."""
+    return int(sum(row.get("rollout/tokens", 0) for row in rows if row["stage"].startswith("grpo-rollout")))
 
 
 def _mean(values: Iterable[float]) -> float | None:

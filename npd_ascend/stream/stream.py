@@ -87,8 +87,8 @@ class Stream:
         if not path.exists() or sha256(path) != entry.sha256:
             state = "differs from the checksum in manifest.jsonl" if path.exists() else "is gone"
             raise UserError(
-                f"{path}: {state}; remove its line from {self.manifest.name}, then "
-                f"`npd run --run {self.folder.parent}` makes this shard anew"
+                f"{path}: {state}; remove its line from {self.manifest.name}, and the `npd run` of this folder makes "
+                f"the shard anew"
             )
         return from_table(entry.kind, pq.read_table(path))
 

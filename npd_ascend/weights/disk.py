@@ -1,6 +1,7 @@
 """Weight versions as Hugging Face folders RUN/weights/v<N>; the rename of the folder is the commit point."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from npd_ascend.weights.canary import Probe
 if TYPE_CHECKING:
     from npd_ascend.model.decoder import Decoder
     from npd_ascend.parallel.mesh import Mesh
+
+
+_VERSION = re.compile(r"v(\d+)")
 
 
 class DiskChannel:
@@ -57,7 +61,8 @@ class DiskChannel:
         return self.folder / f"v{version}"
 
     def versions(self) -> list[int]:
-        return sorted(int(path.name[1:]) for path in self.folder.glob("v*"))
+        found = (_VERSION.fullmatch(path.name) for path in self.folder.glob("v*"))  # not what somebody put beside them
+        return sorted(int(name[1]) for name in found if name)
 
     def newest(self) -> tuple[int, int]:
         version = max(self.versions(), default=0)
