@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from npd_ascend.config import Config
-from npd_ascend.device import open_device
+from npd_ascend.device import NPU, open_device
 from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import PLAIN, Decoder
 from npd_ascend.model.families import DecoderConfig, read_config
@@ -15,6 +15,7 @@ from npd_ascend.model.load import choose_kernels
 from npd_ascend.pacing import Pacing, open_pacing
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.placement import check_cards
+from npd_ascend.planner.command import check_that_it_fits
 from npd_ascend.prompts import grpo_shards, read_heldout, wanted_shards
 from npd_ascend.records import Prompt
 from npd_ascend.rewards.functions import check_installed
@@ -43,6 +44,8 @@ def check_run(config: Config) -> str:
     lines.append(f"kernels  {', '.join(f'{key} {impl}' for key, impl in config.kernels)}")
     if reason := refusal(student, config.parallel.tp):
         raise UserError(f"{config.student.path}/config.json: {reason}; choose another parallel.tp")
+    if config.device.kind == NPU:  # on a CPU a run that is too large ends in swap or by SIGKILL, and is told so
+        check_that_it_fits(config)
     if config.student.init == "pretrained":
         _check_weights(config.student.path)
     if config.teacher:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import CONFIGS
 
+from npd_ascend import preflight
 from npd_ascend.__main__ import main
 from npd_ascend.config import load_config
 from npd_ascend.device import DTYPES
+from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import PLAIN, Decoder, recomputed
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.plan import cut_model
@@ -266,6 +268,56 @@ def test_a_layout_that_cannot_fit_is_refused_with_one_that_does(large_student, c
     assert "parallel.tp=2" in layout
     assert main([*arguments, *layout]) == 0
     assert "peak" in capsys.readouterr().out
+
+
+def test_a_run_on_npus_that_does_not_fit_is_refused_without_npd_plan(large_student, monkeypatch):
+    """npd run asks too; the device itself is not what this is about."""
+    monkeypatch.setattr(preflight, "open_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr(preflight, "choose_kernels", lambda *_: None)
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    words = [f"student.path={large_student}", "sft=null", "student.init=pretrained", "student.dtype=bfloat16"]
+    words += ["data.prompts.count=8", "rollout.batch_size=8", "device.kind=npu", "parallel.dp=8"]
+    with pytest.raises(UserError, match=r"^distill needs 8\d.\d GiB of a card and 54.6 GiB are there .*this fits: "):
+        preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", [*words, "npd.pack_tokens=32768"]))
+
+
+@pytest.mark.parametrize("sft", [[], ["sft=null", "student.init=pretrained"]])
+def test_grpo_has_a_plan_too(sft, capsys):
+    assert main(["plan", "--config", str(CONFIGS / "addition_grpo.yaml"), *sft]) == 0
+    out = capsys.readouterr().out
+    roles = [line.split()[0] for line in out.split("role ")[1].split("\n\n")[0].splitlines()[1:]]
+    assert roles == ([] if sft else ["sft"]) + ["grpo-rollout", "grpo"]
+    config = load_config(CONFIGS / "addition_grpo.yaml", sft)
+    asked = _Asked(config, ASCEND)
+    rollout, grpo = asked.plan(asked.layout).times[-2:]
+    # one pass over all answers, each as long as it may be; all problems have nine tokens
+    answers, longest = config.grpo.steps * config.grpo.groups_per_step * config.grpo.group_size, 6
+    assert (rollout.tokens, grpo.tokens) == (answers * longest, answers * (9 + longest))
+
+
+def test_the_reference_of_grpo_is_one_more_student():
+    found = []
+    for weight in (0, 0.1):
+        asked = _Asked(load_config(CONFIGS / "addition_grpo.yaml", [f"grpo.kl_weight={weight}"]), ASCEND)
+        found.append(asked.plan(asked.layout).memory[-1])
+    plain, with_kl = found
+    assert with_kl.peak - plain.peak == with_kl.weights - plain.weights == plain.weights
+
+
+@pytest.mark.parametrize(("name", "section"), [("addition_teacher", "sft"), ("addition_grpo", "grpo")])
+def test_the_layout_that_fits_names_the_packs_of_its_own_section(name, section):
+    asked = _Asked(load_config(CONFIGS / f"{name}.yaml"), ASCEND)
+    (said,) = {str(layout).split()[-1].split(".")[0] for layout in asked._other_layouts()}
+    assert said == section
+
+
+def test_vllm_reads_no_more_prompt_tokens_at_once_than_its_limit():
+    def peak(prompt_tokens, kv_cache_bytes):
+        lens = {"batch": 512, "prompt_tokens": prompt_tokens, "new_tokens": 2048}
+        return rollout_memory(UNTIED, torch.bfloat16, **lens, kv_cache_bytes=kv_cache_bytes).peak
+
+    assert peak(16, 2**30) == peak(4096, 2**30)  # 512 x 16 is the limit
+    assert peak(4096, None) > peak(16, None)
 
 
 def test_a_card_without_rates_is_not_planned(capsys):

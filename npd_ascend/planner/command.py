@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, NPU, group_bytes
 from npd_ascend.errors import UserError
@@ -11,6 +13,7 @@ from npd_ascend.model.families import read_config
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.planner.fused import countable
 from npd_ascend.planner.memory import (
+    VLLM_REQUESTS,
     Layout,
     Memory,
     rollout_memory,
@@ -18,14 +21,12 @@ from npd_ascend.planner.memory import (
     trainer_memory,
 )
 from npd_ascend.planner.rates import ASCEND, Hardware, this_host
-from npd_ascend.planner.timing import Samples, StageTime, Workload, cycle, train_tokens_per_s
-from npd_ascend.prompts import wanted_shards
+from npd_ascend.planner.timing import Samples, StageTime, Workload, answering, cycle, train_tokens_per_s, training
+from npd_ascend.prompts import Wanted, grpo_shards, wanted_shards
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.samples import gold_samples
 
 HEADROOM = 0.9  # of a card: the rest is for fragments, workspaces of operators and the runtime itself
-# vLLM's own limit of requests at once (max_num_seqs of its LLM class)
-_VLLM_BATCH = 256
 _PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "kv_cache", "collectives", "checkpoint", "peak")
 
 
@@ -50,6 +51,16 @@ def print_plan(config: Config) -> None:
     print(table(plan))
     print()
     print(rates_table(hardware))
+    _refuse_too_large(asked, plan)
+
+
+def check_that_it_fits(config: Config) -> None:
+    """The same UserError, and nothing printed."""
+    asked = _Asked(config, _hardware(config.device.kind))
+    _refuse_too_large(asked, asked.plan(asked.layout))
+
+
+def _refuse_too_large(asked: "_Asked", plan: Plan) -> None:
     if memory := plan.too_large:
         raise UserError(
             f"{memory.role} needs {size(memory.peak)}iB of a card and {size(plan.limits[memory.role])}iB are there "
@@ -73,7 +84,7 @@ class _Asked:
         self._config, self._hardware = config, hardware
         self._student = read_config(config.student.path)
         tokenizer, parallel = ChatTokenizer(config.student.path), config.parallel
-        train = config.npd or config.sft
+        train = config.npd or config.grpo or config.sft
         self.layout = Layout(
             tp=parallel.tp,
             dp=parallel.dp,
@@ -81,29 +92,43 @@ class _Asked:
             recompute=parallel.recompute,
             pack_tokens=train.pack_tokens,
             packs_per_rank=1,  # until the samples are counted
+            section="npd" if config.npd else "grpo" if config.grpo else "sft",
         )
         gold = gold_samples(config, tokenizer) if config.sft else []
         self._gold_tokens = sum(len(sample.token_ids) for sample in gold)
         self._gold_samples = len(gold)
-        prompts = [p for shard in wanted_shards(config, tokenizer) for p, _ in shard] if config.npd else []
-        self._longest_prompt = max((len(prompt.token_ids) for prompt in prompts), default=0)
         if config.npd:
-            self._work = Workload(
-                samples=len(prompts),
-                prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) / len(prompts),
-                answer_tokens=config.rollout.max_new_tokens,
-                epochs=1 if config.npd.stream else config.npd.epochs,  # every pass of a stream has prompts of its own
-                sets=len(config.npd.phases),
-            )
-        packs = self._npd_packs_per_step() if config.npd else train.packs_per_step
-        self.layout = replace(self.layout, packs_per_rank=math.ceil(packs / parallel.dp))
+            # every pass of a stream has prompts of its own
+            passes = 1 if config.npd.stream else config.npd.epochs
+            shards = wanted_shards(config, tokenizer)
+            self._work, self._longest_prompt = self._workload(shards, passes, len(config.npd.phases))
+        if config.grpo:
+            self._grpo_work, self._longest_problem = self._workload(grpo_shards(config, tokenizer), 1, 1)
+        self.layout = self._with_packs_of(self.layout, self.layout.section)
 
-    def _npd_packs_per_step(self) -> float:
-        """A step of a stream takes whole shards, as many packs as they fill."""
-        npd = self._config.npd
-        if npd.stream is None:
-            return npd.packs_per_step
-        return npd.stream.shards_per_step * self._config.rollout.batch_size * self._work.mean.tokens / npd.pack_tokens
+    def _workload(self, shards: list[list[Wanted]], epochs: int, sets: int) -> tuple[Workload, int]:
+        """And the tokens of the longest prompt."""
+        lens = [len(prompt.token_ids) for shard in shards for prompt, _ in shard]
+        answer, mean = self._config.rollout.max_new_tokens, sum(lens) / len(lens)
+        work = Workload(samples=len(lens), prompt_tokens=mean, answer_tokens=answer, epochs=epochs, sets=sets)
+        return work, max(lens)
+
+    def _with_packs_of(self, layout: Layout, section: str) -> Layout:
+        """The packs of a step of sft, npd or grpo; of another section than the layout's, none longer than the layout's.
+
+        A step of a stream takes whole shards and one of GRPO whole groups, as many packs as they fill.
+        """
+        config = self._config
+        stage = getattr(config, section)
+        tokens = layout.pack_tokens if section == layout.section else min(stage.pack_tokens, layout.pack_tokens)
+        if section == "grpo":
+            packs = stage.groups_per_step * stage.group_size * self._grpo_work.mean.tokens / stage.pack_tokens
+        elif section == "npd" and stage.stream:
+            packs = stage.stream.shards_per_step * config.rollout.batch_size * self._work.mean.tokens
+            packs /= stage.pack_tokens
+        else:
+            packs = stage.packs_per_step
+        return replace(layout, pack_tokens=tokens, packs_per_rank=math.ceil(packs / layout.dp))
 
     def plan(self, layout: Layout) -> Plan:
         config, hardware = self._config, self._hardware
@@ -113,11 +138,7 @@ class _Asked:
         others = ranks if hardware.shared else 1
         memory, times = [], []
         if config.sft:
-            sft = replace(
-                layout,
-                pack_tokens=min(config.sft.pack_tokens, layout.pack_tokens) if config.npd else layout.pack_tokens,
-                packs_per_rank=math.ceil(config.sft.packs_per_step / layout.dp),
-            )
+            sft = self._with_packs_of(layout, "sft")
             memory.append(self._trainer("sft", sft, sft.pack_tokens))
             rate = train_tokens_per_s(
                 self._student,
@@ -131,6 +152,10 @@ class _Asked:
         if config.npd:
             memory += self._npd_memory(layout)
             times += self._npd_times(layout)
+        if config.grpo:
+            grpo = self._with_packs_of(layout, "grpo")
+            memory += self._grpo_memory(grpo)
+            times += self._grpo_times(grpo)
         limits = {one.role: limit // sharing.get(one.role, others) for one in memory}
         return Plan(layout=layout, limits=limits, memory=memory, times=times)
 
@@ -150,18 +175,8 @@ class _Asked:
             )
 
     def _npd_memory(self, layout: Layout) -> list[Memory]:
-        config, rollout, kind = self._config, self._config.rollout, self._config.device.kind
-        dtype = DTYPES[rollout.dtype]
-        roles = [
-            rollout_memory(
-                self._student,
-                dtype,
-                batch=rollout.batch_size,
-                prompt_tokens=self._longest_prompt,
-                new_tokens=rollout.max_new_tokens,
-                kv_cache_bytes=None if rollout.engine == "hf" else int(rollout.kv_cache_gib * 2**30),
-            )
-        ]
+        config, dtype, kind = self._config, DTYPES[self._config.rollout.dtype], self._config.device.kind
+        roles = [self._rollout("rollout", self._longest_prompt)]
         if config.teacher.engine == "local":
             dtypes, teacher = (DTYPES[config.teacher.dtype], dtype), read_config(config.teacher.path)
             with countable(config.kernels) as kernels:
@@ -169,12 +184,45 @@ class _Asked:
                 roles.append(teacher_memory(teacher, self._student, dtypes, pack_tokens, device=kind, kernels=kernels))
         return [*roles, self._trainer("distill", layout, int(self._work.mean.answer_share * layout.pack_tokens))]
 
+    def _rollout(self, role: str, longest_prompt: int) -> Memory:
+        rollout = self._config.rollout
+        memory = rollout_memory(
+            self._student,
+            DTYPES[rollout.dtype],
+            batch=rollout.batch_size,
+            prompt_tokens=longest_prompt,
+            new_tokens=rollout.max_new_tokens,
+            kv_cache_bytes=None if rollout.engine == "hf" else int(rollout.kv_cache_gib * 2**30),
+        )
+        return replace(memory, role=role)
+
+    def _grpo_memory(self, layout: Layout) -> list[Memory]:
+        trainer = self._trainer("grpo", layout, int(self._grpo_work.mean.answer_share * layout.pack_tokens))
+        if self._config.grpo.kl_weight:  # the student that the stage starts from stays beside it
+            weights = trainer.weights
+            trainer = replace(trainer, weights=2 * weights, step=trainer.step + weights, peak=trainer.peak + weights)
+        return [self._rollout("grpo-rollout", self._longest_problem), trainer]
+
+    def _grpo_times(self, layout: Layout) -> list[StageTime]:
+        config, work, hardware = self._config, self._grpo_work, self._hardware
+        generators, model = config.processes.rollout, (self._student, DTYPES[config.student.dtype])
+        return [
+            answering(self._student, self._generator(), work, hardware, generators, "grpo-rollout"),
+            training(model, layout, work, hardware, "grpo"),
+        ]
+
+    def _generator(self) -> tuple[torch.dtype, int]:
+        """Its type, and how many requests it answers at once."""
+        rollout = self._config.rollout
+        batch = rollout.batch_size if rollout.engine == "hf" else min(rollout.batch_size, VLLM_REQUESTS)
+        return DTYPES[rollout.dtype], batch
+
     def _npd_times(self, layout: Layout) -> list[StageTime]:
-        config, rollout = self._config, self._config.rollout
+        config = self._config
         return cycle(
             (self._student, DTYPES[config.student.dtype]),
             (read_config(config.teacher.path), DTYPES[config.teacher.dtype]),
-            (DTYPES[rollout.dtype], rollout.batch_size if rollout.engine == "hf" else _VLLM_BATCH),
+            self._generator(),
             layout,
             self._work,
             self._hardware,
@@ -182,7 +230,7 @@ class _Asked:
         )
 
     def way_out(self, memory: Memory) -> str:
-        if memory.role == "rollout":
+        if memory.role.endswith("rollout"):
             return "lower rollout.batch_size, rollout.kv_cache_gib or rollout.max_new_tokens"
         if memory.role == "teacher":
             return "lower teacher.pack_tokens, or put the teacher behind a server (teacher.engine=served)"
@@ -193,17 +241,24 @@ class _Asked:
         best = min(
             (plan for plan in fitting if plan.layout.pack_tokens == longest), key=lambda plan: plan.times[-1].seconds
         )
-        return f"this fits: {best.layout}"
+        others = [name for name in ("sft", "grpo") if getattr(self._config, name) and name != best.layout.section]
+        shorter = {
+            name: tokens
+            for name in others
+            if (tokens := self._with_packs_of(best.layout, name).pack_tokens) < getattr(self._config, name).pack_tokens
+        }
+        return f"this fits: {best.layout}" + "".join(f" {name}.pack_tokens={n}" for name, n in shorter.items())
 
     @staticmethod
     def _trainer_too_large(plan: Plan) -> bool:
-        return any(m.peak > plan.limits[m.role] for m in plan.memory if m.role in ("sft", "distill"))
+        return any(m.peak > plan.limits[m.role] for m in plan.memory if m.role in ("sft", "distill", "grpo"))
 
     def _other_layouts(self) -> Iterator[Layout]:
         """Every way to cut the model over the same cards; shorter packs only while no longer one was there."""
         cards = self.layout.tp * self.layout.dp
         packs = self.layout.packs_per_rank * self.layout.dp
-        shortest = self._work.mean.tokens if self._config.npd else self._gold_tokens / self._gold_samples
+        works = {"npd": lambda: self._work.mean.tokens, "grpo": lambda: self._grpo_work.mean.tokens}
+        shortest = works.get(self.layout.section, lambda: self._gold_tokens / self._gold_samples)()
         tokens = self.layout.pack_tokens
         while tokens >= shortest and tokens * 8 >= self.layout.pack_tokens:
             for tp in (n for n in range(1, cards + 1) if cards % n == 0 and refusal(self._student, n) is None):
@@ -215,6 +270,7 @@ class _Asked:
                         recompute=recompute,
                         pack_tokens=tokens,
                         packs_per_rank=math.ceil(packs * tp / cards),
+                        section=self.layout.section,
                     )
             tokens //= 2
 

@@ -26,6 +26,8 @@ _SCORE_COPIES = 3
 _DRAW_COPIES = 6
 # of masters and moments: ours, and two that torch.distributed.checkpoint makes of it (tests/test_planner.py)
 CHECKPOINT_COPIES = 3
+# max_num_seqs and max_num_batched_tokens of vLLM's LLM class, of which nothing here asks for more (engine/arg_utils.py)
+VLLM_REQUESTS, VLLM_TOKENS = 256, 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Layout:
     recompute: str
     pack_tokens: int
     packs_per_rank: int = 1  # between two updates
+    section: str = "npd"  # of the configuration, whose packs these are
 
     def __str__(self) -> str:
         parallel = {
@@ -47,7 +50,7 @@ class Layout:
             "recompute": self.recompute,
         }
         return " ".join(f"parallel.{key}={value}" for key, value in parallel.items()) + (
-            f" npd.pack_tokens={self.pack_tokens}"
+            f" {self.section}.pack_tokens={self.pack_tokens}"
         )
 
 
@@ -80,7 +83,7 @@ def trainer_memory(
     loss_impl: str = "chunked",
     group_bytes: int = 0,
 ) -> Memory:
-    """Of one rank of `npd sft` and `npd distill` from its second step on.
+    """Of one rank of `npd sft`, `npd distill` and `npd grpo` from its second step on.
 
     device: of the chunks of logits (npd_kernels.streaming). answer_tokens: of a pack, which is what the head sees.
     kernels: those that run here, or stand-ins (fused.py). loss_impl: key of npd_kernels.token_loss.IMPLEMENTATIONS.
@@ -189,11 +192,13 @@ def rollout_memory(
 ) -> Memory:
     """Of `npd rollout`. prompt_tokens: of the longest prompt, to which the others of a batch are padded.
 
-    kv_cache_bytes: of a cache that is there from the start, as vLLM's; None: it grows with the answers, layer by layer
-    and copied as it does, as rollout/hf_engine.py's.
+    kv_cache_bytes: of a cache that is there from the start, as vLLM's, which takes no more requests and tokens at once
+    than its limits; None: it grows with the answers, layer by layer and copied as it does, as rollout/hf_engine.py's.
     """
     weights, per_token = dtype.itemsize * config.num_parameters, kv_bytes_per_token(config, dtype)
     prompts = batch * prompt_tokens
+    if kv_cache_bytes is not None:
+        batch, prompts = min(batch, VLLM_REQUESTS), min(prompts, VLLM_TOKENS)
     prefill = (
         count_layer(config, dtype, prompts, Mesh(), "off").forward + 2 * dtype.itemsize * config.hidden_size * prompts
     )

@@ -106,6 +106,35 @@ def _forward_flops(config: DecoderConfig, tokens: int, samples: Samples) -> floa
     return tokens * (config.num_layers * 2 * config.layer_matrix_size + attention + head)
 
 
+def answering(
+    student: DecoderConfig,
+    rollout: tuple[torch.dtype, int],
+    work: Workload,
+    hardware: Hardware,
+    processes: int = 1,
+    stage: str = "rollout",
+) -> StageTime:
+    """All rollouts. rollout: dtype and batch. processes: each on a card of its own, or all on one host."""
+    answers, generators = work.samples * work.sets * work.answer_tokens, 1 if hardware.shared else processes
+    rate = decode_tokens_per_s(
+        student, rollout[0], hardware, batch=rollout[1], context=work.prompt_tokens + work.answer_tokens / 2
+    )
+    return StageTime(stage, generators, answers, answers / rate / generators)
+
+
+def training(
+    student: tuple[DecoderConfig, torch.dtype],
+    layout: Layout,
+    work: Workload,
+    hardware: Hardware,
+    stage: str = "distill",
+) -> StageTime:
+    """All passes over the samples that are kept."""
+    tokens = work.kept * work.samples * work.mean.tokens * work.epochs
+    rate = train_tokens_per_s(student[0], layout, student[1], hardware, work.mean)
+    return StageTime(stage, layout.tp * layout.dp, tokens, tokens / rate)
+
+
 def cycle(
     student: tuple[DecoderConfig, torch.dtype],
     teacher: tuple[DecoderConfig, torch.dtype],
@@ -115,24 +144,19 @@ def cycle(
     hardware: Hardware,
     processes: tuple[int, int] = (1, 1),
 ) -> list[StageTime]:
-    """Rollouts, teacher and training of one cycle; models with their dtypes, rollout: dtype and batch.
+    """Rollouts, teacher and training of one cycle; models with their dtypes, rollout as in `answering`.
 
-    processes: of rollouts and of the teacher, each on a card of its own, or all on one host. The teacher reads every
-    sample and once more its answer alone, which the student reads too.
+    processes: of rollouts and of the teacher. The teacher reads every sample and once more its answer alone, which the
+    student reads too.
     """
     alone = Samples(work.answer_tokens, 1.0)
     answers, read = work.samples * work.sets * work.answer_tokens, work.samples * work.sets * work.mean.tokens
-    trained = work.kept * work.samples * work.mean.tokens * work.epochs
-    decode = decode_tokens_per_s(
-        student[0], rollout[0], hardware, batch=rollout[1], context=work.prompt_tokens + work.answer_tokens / 2
-    )
     prefill = read / prefill_tokens_per_s(*teacher, hardware, work.mean)
     prefill += answers / prefill_tokens_per_s(*teacher, hardware, alone)
     prefill += answers / prefill_tokens_per_s(student[0], rollout[0], hardware, alone)
-    training = train_tokens_per_s(student[0], layout, student[1], hardware, work.mean)
-    generators, teachers = (1, 1) if hardware.shared else processes
+    teachers = 1 if hardware.shared else processes[1]
     return [
-        StageTime("rollout", generators, answers, answers / decode / generators),
+        answering(student[0], rollout, work, hardware, processes[0]),
         StageTime("score", teachers, read + 2 * answers, prefill / teachers),
-        StageTime("distill", layout.tp * layout.dp, trained, trained / training),
+        training(student, layout, work, hardware),
     ]
