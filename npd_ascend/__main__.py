@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npd_ascend.arguments import parser
+from npd_ascend.arguments import parse
 from npd_ascend.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _EVERYWHERE = ("run", "sft", "distill", "grpo")  # on every node of a run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
+    args = parse(arguments)
     try:
         return _COMMANDS[args.command](args)
     except UserError as error:
@@ -113,22 +113,27 @@ def _say_licences(config: "Config") -> None:
 
 
 def _timed(run: "RunFolder", name: str, work, label: str | None = None) -> None:
-    """One process alone on its part of the run; its wall time goes to logs/stages.jsonl as `label`."""
+    """One process alone on its part of the run; its wall time goes to logs/stages.jsonl as `label`.
+
+    work: returns False if all of it was done already, which is no part of the run's time.
+    """
     from npd_ascend.durable import append_line
     from npd_ascend.runfolder import working_on
 
     with working_on(run, name):
+        worked = True
         try:
-            work()
+            worked = work() is not False
         finally:
-            row = {"stage": label or name, "started": _STARTED, "seconds": time.time() - _STARTED}
-            append_line(run.logs / "stages.jsonl", json.dumps(row))
+            if worked:
+                row = {"stage": label or name, "started": _STARTED, "seconds": time.time() - _STARTED}
+                append_line(run.logs / "stages.jsonl", json.dumps(row))
 
 
-def _stage(args: argparse.Namespace, work) -> int:
+def _stage(args: argparse.Namespace, work) -> "RunFolder":
     run = _open(args)
     _timed(run, args.command, lambda: work(run))
-    return 0
+    return run
 
 
 def _worker_stage(args: argparse.Namespace, work, live) -> int:
@@ -247,7 +252,8 @@ def _grpo_rollout(args: argparse.Namespace) -> int:
 def _grpo_reward(args: argparse.Namespace) -> int:
     from npd_ascend.rewards.worker import run_rewards
 
-    return _stage(args, run_rewards)
+    _stage(args, run_rewards)
+    return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -258,13 +264,16 @@ def _eval(args: argparse.Namespace) -> int:
         return 0
     from npd_ascend.evaluate.exact_match import run_evaluations
 
-    return _stage(args, run_evaluations)
+    for name, found in json.loads(_stage(args, run_evaluations).evaluations.read_text()).items():
+        print(f"{name:<10}{found['exact_match']:.3f} ± {found['standard_error']:.3f}")
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
     from npd_ascend.report.summary import write_report
 
-    return _stage(args, write_report)
+    print(f"report: {_stage(args, write_report).report}")
+    return 0
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -1,7 +1,21 @@
 """What can be typed after `npd`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options and key=value in any order, which argparse alone would not have."""
+    top = parser()
+    args, left = top.parse_known_args(arguments)
+    words = [word for word in left if "=" in word and not word.startswith("-")]
+    if hasattr(args, "overrides"):
+        args.overrides += words
+        left = [word for word in left if word not in words]
+    if left:
+        top.error(f"npd {args.command} does not know {' '.join(left)}; `npd {args.command} --help` shows what it knows")
+    return args
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ Every default that the NPD paper does not state says so in docs/method.md.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,7 +31,7 @@ _RAY_RESOURCE = {"cpu": "CPU", "npu": "NPU", "cuda": "GPU"}  # Ray's own names
 class RunConfig(Section):
     name: str
     folder: Path = Field(Path(), validate_default=True)  # default: runs/<name>
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class DeviceConfig(Section):
@@ -90,11 +91,18 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     path: Path  # with engine=served: config.json and tokenizer of what the server serves; weights are not read
     engine: Literal["local", "served"] = "local"  # served: a vLLM server that runs already
-    url: str | None = Field(None, pattern=r"^https?://[^/]+/?$")  # of that server, for example http://127.0.0.1:8000
+    url: str | None = None  # of that server, for example http://127.0.0.1:8000
     dtype: Literal["float32", "bfloat16"] = "float32"
     top_k: int = Field(10, ge=1, le=64)
     alone_context: Literal["assistant_header", "bos"] = "assistant_header"  # what s(y) is conditioned on
     pack_tokens: int = Field(4096, ge=1)  # tokens per prefill
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_root(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^/]+/?", url):
+            raise ValueError("want http://HOST:PORT, without /v1 or another path")
+        return url
 
     @model_validator(mode="after")
     def _served_has_url(self):
@@ -282,6 +290,17 @@ class Config(Section):
             )
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML itself lets a second key of a name take the place of the first."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            place = next(key for key, _ in reversed(node.value) if self.construct_object(key, deep=True) == twice[0])
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", place.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override, validate, make paths absolute. `overrides`: dotted `key=value`, values as YAML."""
     return _with_absolute_paths(load_yaml(Config, path, overrides))
@@ -296,7 +315,7 @@ def load_yaml(kind: type[_Kind], path: Path, overrides: Sequence[str]) -> _Kind:
     """The same for any other file of settings, its paths as they stand there."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), _UniqueKeys)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; see configs/ for the ones that come with the project") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:

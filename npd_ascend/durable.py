@@ -17,6 +17,14 @@ from npd_ascend.errors import UserError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def make_folder(path: Path) -> None:
+    """With its parents, unless it is there; UserError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be made ({error.strerror}); name one that can") from None
+
+
 @contextmanager
 def commit_file(path: Path, writer: str = "") -> Iterator[Path]:
     """Yield a draft path; when the block ends the draft becomes `path` in one step, durably.
@@ -26,7 +34,7 @@ def commit_file(path: Path, writer: str = "") -> Iterator[Path]:
     draft = path.with_name(f".{path.name}{writer}.draft")
     with _disk_full_is_said(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             yield draft
             _fsync(draft)
             os.rename(draft, path)  # the commit point
@@ -43,7 +51,7 @@ def commit_folder(path: Path) -> Iterator[Path]:
     with _disk_full_is_said(path):
         try:
             shutil.rmtree(draft, ignore_errors=True)  # left by a killed process
-            draft.mkdir(parents=True)
+            make_folder(draft)
             yield draft
             for file in sorted(draft.rglob("*")):
                 _fsync(file)
@@ -91,7 +99,7 @@ def only_process(path: Path, refusal: str) -> Iterator[None]:
 def keep_first(path: Path, text: str) -> str:
     """What `path` holds: `text`, unless another process was first. It is there whole or not at all."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with path.with_name(f".{path.name}.lock").open("w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)  # as in append_line
             if not path.exists():

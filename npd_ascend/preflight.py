@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before anything is trained, and the plan in words."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from npd_ascend.trainer.samples import gold_samples
 
 # Parquet bytes per answer token beside the top-k: ids, log-probs, offsets, before compression.
 _BYTES_PER_TOKEN = 16
+_log = logging.getLogger(__name__)
 
 
 def check_run(config: Config) -> str:
@@ -86,6 +88,7 @@ def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) 
     shards = wanted_shards(config, tokenizer)
     wanted = [pair for shard in shards for pair in shard]
     _check_apart({prompt.token_ids for prompt, _ in wanted if not prompt.heldout}, heldout, "data.prompts")
+    _check_lengths(config, [len(prompt.token_ids) for prompt, _ in wanted if not prompt.heldout])
     if config.npd.stream:
         return [_stream_line(config, open_pacing(config, tokenizer))]
     return [
@@ -94,6 +97,24 @@ def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) 
         f"at most {config.rollout.max_new_tokens} new tokens"
         for phase in config.npd.phases
     ]
+
+
+def _check_lengths(config: Config, prompt_tokens: list[int]) -> None:
+    """UserError where no sample at all could be kept; that some cannot is told."""
+    pack_tokens, answer = config.npd.pack_tokens, config.rollout.max_new_tokens
+    shortest, longest = min(prompt_tokens) + 1, max(prompt_tokens) + answer
+    if pack_tokens < shortest:
+        raise UserError(
+            f"npd.pack_tokens={pack_tokens}: no sample fits, the shortest has {shortest} tokens; raise it to "
+            f"{longest}, the longest that a sample can be, or more"
+        )
+    if config.filters.min_answer_tokens > answer:
+        raise UserError(
+            f"filters.min_answer_tokens={config.filters.min_answer_tokens} is above rollout.max_new_tokens={answer}, "
+            f"so no answer would be kept; lower the first"
+        )
+    if pack_tokens < longest:
+        _log.warning("npd.pack_tokens=%d: samples may have %d tokens; longer ones are dropped", pack_tokens, longest)
 
 
 def _grpo_line(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) -> str:

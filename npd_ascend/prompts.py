@@ -104,6 +104,11 @@ def read_prompts(
     not fit, a gold row without an answer, the same row twice, or a prompt above `max_prompt_tokens`.
     """
     source, key = getattr(data, role), f"data.{role}"
+    if max_prompt_tokens < 1:
+        raise UserError(
+            f"{key}: no prompt fits before an answer of max_new_tokens, which is {1 - max_prompt_tokens} tokens more "
+            f"than the models' context; lower rollout.max_new_tokens or evaluate.max_new_tokens"
+        )
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for place, row_id, text, answer in _rows(source):

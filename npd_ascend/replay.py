@@ -53,6 +53,10 @@ def plan_replay(source: Path, folder: Path, overrides: Sequence[str]) -> tuple[R
 
     UserError for settings that want other samples, and for a folder that holds something else; nothing is written.
     """
+    if re.match(r"\w+(\.\w+)+=", str(folder)):
+        raise UserError(f"{folder}: a setting where the new run folder should be; npd replay --run RUN FOLDER {folder}")
+    if folders := [text for text in overrides if text.startswith("run.folder=")]:
+        raise UserError(f"{folders[0]}: the new run folder is {folder}, as it was named; remove this")
     recorded = reopen_run(source)
     recorded.needs_npd()
     if recorded.config.grpo:
@@ -88,7 +92,7 @@ def _check_folder(folder: Path, source: Path, config: Config) -> None:
         raise UserError(f"{folder}: there already, and no replay; name a new folder")
     if (was := json.loads((folder / _MARK).read_text())["source"]) != str(source.absolute()):
         raise UserError(f"{folder}: a replay of {was}, not of {source.absolute()}; name a new folder")
-    allowed_changes(config)
+    allowed_changes(config, "name a new folder")
 
 
 def _fill(draft: Path, recorded: RunFolder, config: Config) -> None:

@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,14 @@ def enter_run(config: Config) -> RunFolder:
     return run
 
 
+def leave_run(run: RunFolder) -> None:
+    """Take away what enter_run and the log made, if nothing of the run is there."""
+    if not (run.path / "config.yaml").exists():
+        shutil.rmtree(run.logs)
+        with suppress(OSError):  # something of somebody else's
+            run.path.rmdir()
+
+
 def keep_config(run: RunFolder) -> None:
     """The configuration as RUN/config.yaml, from which every process of the run reads it."""
     saved, text = run.path / "config.yaml", dump_config(run.config)
@@ -157,10 +166,12 @@ def keep_config(run: RunFolder) -> None:
             draft.write_text(text)
 
 
-def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
+def allowed_changes(
+    config: Config, way_out: str = "set run.folder to a new folder"
+) -> list[tuple[str, object, object]]:
     """(key, was, is) of what differs from the run in config.run.folder, empty if there is none yet.
 
-    Only where and how it computes may differ; UserError names what would make it another run.
+    Only where and how it computes may differ; UserError names what would make it another run, and `way_out`.
     """
     saved = config.run.folder / "config.yaml"
     if not saved.exists():
@@ -168,10 +179,7 @@ def allowed_changes(config: Config) -> list[tuple[str, object, object]]:
     # through Config, so that a key that is newer than the folder has its default
     changes = differences(load_config(saved, [override("run.folder", config.run.folder)]), config)
     if other := [f"{key} was {old!r}, is {new!r}" for key, old, new in changes if not _MAY_CHANGE.fullmatch(key)]:
-        raise UserError(
-            f"{saved}: this run was started with another configuration ({'; '.join(other[:3])}); "
-            f"set run.folder to a new folder"
-        )
+        raise UserError(f"{saved}: this run was started with another configuration ({'; '.join(other[:3])}); {way_out}")
     return changes
 
 

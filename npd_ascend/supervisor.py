@@ -17,7 +17,7 @@ from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.placement import Process, place, recipe, share
 from npd_ascend.ranks import visible_cards
 from npd_ascend.ray_nodes import RayProcess, join_cluster
-from npd_ascend.runfolder import RunFolder, keep_config
+from npd_ascend.runfolder import RunFolder, keep_config, leave_run
 
 _POLL_S = 0.1
 # how long the others may take to end after one was interrupted
@@ -32,6 +32,7 @@ def run_recipe(run: RunFolder, nodes: Nodes, arguments: Sequence[str]) -> int:
     Of several nodes each runs its share of every group, and begins the next when all have done theirs.
     """
     if code := _check(run, arguments):
+        leave_run(run)
         nodes.end(f"the check before the run ended with exit code {code}, for a reason that it said there")
         return code
     nodes.meet("the check before the run")
@@ -183,5 +184,8 @@ def _say_end(one: _Running, code: int) -> int:
         said = [line for line in one.log.read_text(errors="replace").splitlines() if line.startswith("npd ")]
         if said:
             print(said[-1], file=sys.stderr)
-    _log.error("npd %s ended with exit code %d; the same command continues from here", one.process.name, code)
+    then = (
+        "mend that, and the same command continues from here" if code == 2 else "the same command continues from here"
+    )
+    _log.error("npd %s ended with exit code %d; %s", one.process.name, code, then)
     return code

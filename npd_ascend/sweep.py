@@ -12,10 +12,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from npd_ascend.config import load_config, load_yaml, override
+from npd_ascend.durable import make_folder
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.progress import progress
@@ -30,7 +32,7 @@ class SweepConfig(BaseModel):
     source: Path | None = None  # a recorded run, of which every variant is a replay
     config: Path | None = None  # or the YAML of a run, which every variant is from the beginning
     folder: Path  # of the runs and their table
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name -> key=value, as on the command line
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ def run_sweep(file: Path, jobs: int) -> None:
             _check(sweep, run)
         except UserError as error:
             raise UserError(f"{file}: variant {run.variant!r}: {error}") from None
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(sweep.folder)
     left = [run for run in runs if not run.is_done]
     with progress("sweep", len(runs), "runs", len(runs) - len(left)) as bar, ThreadPoolExecutor(jobs) as pool:
         try:
@@ -115,7 +117,8 @@ def _do(sweep: SweepConfig, run: _Run) -> None:
     with log.open("a") as output:
         done = subprocess.run(command, stdout=output, stderr=output, check=False, preexec_fn=die_with_parent)
     if done.returncode:
-        said = log.read_text().strip().splitlines()
+        lines = log.read_text().strip().splitlines()
+        said = [line for line in lines if line.startswith("npd ")] or lines  # the reason, in one line
         reason = f"exit code {done.returncode}" + (f", {said[-1]}" if said else "")
         raise UserError(f"variant {run.variant!r}, seed {run.seed}: {reason}; see {log}")
 

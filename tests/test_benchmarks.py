@@ -137,7 +137,9 @@ def test_answers_are_asked_once_even_after_a_kill(tmp_path):
 
 
 def test_answers_of_another_model_are_not_mixed_in(tmp_path):
-    _same_as_before(tmp_path / "gsm8k", {"seed": 0, "model": {"config.json": "aa"}})
+    _same_as_before(tmp_path / "gsm8k", {"seed": 1, "model": {"config.json": "aa"}})
+    _same_as_before(tmp_path / "gsm8k", {"seed": 0, "model": {"config.json": "aa"}})  # nothing was answered yet
+    (tmp_path / "gsm8k" / "answers-0.jsonl").touch()
     _same_as_before(tmp_path / "gsm8k", {"seed": 0, "model": {"config.json": "aa"}})
     with pytest.raises(UserError, match=r"config\.json was 'aa', is 'bb'"):
         _same_as_before(tmp_path / "gsm8k", {"seed": 0, "model": {"config.json": "bb"}})

@@ -137,6 +137,25 @@ def test_a_section_that_is_null_in_a_saved_configuration_may_be_set(tmp_path):
         load_config(saved, ["run.name.x=2"])
 
 
+def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run:\n  name: x\n  seed: 2\n  seed: 3\n")
+    with pytest.raises(UserError, match=r"c.yaml: not YAML: seed stands there twice .*line 4"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("run.seed=-1", "run.seed: Input should be greater than or equal to 0"),
+        ("teacher.url=http://127.0.0.1:9/v1", "teacher.url: want http://HOST:PORT, without /v1 or another path"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told(word, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_config(ADDITION, ["teacher.engine=served", word])
+
+
 def test_the_example_of_the_first_script_is_one():
     said = (CONFIGS.parent / "launch" / "npd_cpu.sh").read_text()
     load_config(ADDITION, re.search(r"for example: (.*)", said)[1].split())

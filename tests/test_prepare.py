@@ -168,6 +168,21 @@ def test_a_wrong_file_is_named_and_nothing_is_left(tmp_path, content, name, said
     assert {path.name for path in tmp_path.iterdir()} == {"prepare.yaml", name}
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "nothing is left (they have no row)"),
+        ('{"prompt": "a b c"}\n' * 2, "nothing is left (2 of 2 rows: too_long, "),
+    ],
+)
+def test_sources_that_leave_nothing_leave_no_folder(content, said, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
+    done = prepare(tmp_path, [{"path": str(tmp_path / "a.jsonl")}], max_prompt_tokens=1)
+    assert done.returncode == 2
+    assert f"sources: {tmp_path / 'a.jsonl'}: {said}" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_typo_in_a_list_is_told_with_the_keys_that_are_there(tmp_path):
     done = prepare(tmp_path, [{"path": "a.jsonl", "promt_key": "question"}])
     assert done.returncode == 2

@@ -149,6 +149,15 @@ def test_what_was_not_recorded_is_refused(one_set, tmp_path, override, said):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_was_forgotten_and_one_that_is_named_twice_are_told(one_set, tmp_path):
+    assert "npd.lambda=0.5: a setting where the new run folder should be" in refused(
+        "replay", "--run", one_set, "npd.lambda=0.5"
+    )
+    said = refused("replay", "--run", one_set, tmp_path / "replay", f"run.folder={tmp_path / 'other'}")
+    assert f"the new run folder is {tmp_path / 'replay'}, as it was named" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_filters_that_let_more_through_are_refused(tmp_path):
     recorded = record(tmp_path / "run", "npd.refresh_after=[]", "filters.min_answer_tokens=5")
     said = refused("replay", "--run", recorded, tmp_path / "replay", "filters.min_answer_tokens=1")

@@ -67,6 +67,56 @@ def test_a_tokenizer_that_transformers_would_make_of_nothing(named, tmp_path):
         ChatTokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("npd.pack_tokens=9", "npd.pack_tokens=9: no sample fits, the shortest has 10 tokens; raise it to 15"),
+        ("filters.min_answer_tokens=7", "filters.min_answer_tokens=7 is above rollout.max_new_tokens=6"),
+        ("rollout.max_new_tokens=1000", "data.prompts: no prompt fits before an answer of max_new_tokens"),
+        ("student.path=configs/addition_cpu.yaml", "addition_cpu.yaml/config.json: no such file; a model folder"),
+    ],
+)
+def test_what_would_keep_no_sample_and_what_is_no_model(word, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert said in refusal(capsys, tmp_path / "run", word)
+
+
+def test_packs_that_drop_long_answers_are_told(caplog, tmp_path):
+    words = ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={tmp_path / 'run'}", "npd.pack_tokens=12"]
+    assert main(["run", "--dry-run", *words]) == 0
+    assert "npd.pack_tokens=12: samples may have 15 tokens; longer ones are dropped" in caplog.text
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capfd):
+    words = ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={tmp_path / 'run'}", "npd.pack_tokens=9"]
+    assert main(["run", *words]) == 2
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    assert main(["run", *words]) == 2
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "mine"]
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("command", [["prune", "--keep", "0,3"], ["prepare"], ["sweep"]])
+def test_a_folder_that_cannot_be_made_ends_every_command_in_one_line(command, tmp_path, capsys):
+    (file := tmp_path / "file").touch()
+    folder = file / "below"
+    settings = {
+        "prepare": {"tokenizer": str(CONFIGS / "addition" / "student"), "max_prompt_tokens": 9, "max_tokens": 9}
+        | {"sources": [{"path": str(tmp_path / "a.jsonl")}]},
+        "sweep": {"config": str(CONFIGS / "addition_cpu.yaml"), "variants": {"a": []}},
+    }
+    words = [str(CONFIGS / "addition" / "teacher"), str(folder)]
+    if command[0] != "prune":
+        (tmp_path / "a.jsonl").write_text('{"prompt": "1+1"}\n')
+        (tmp_path / "c.yaml").write_text(json.dumps(settings[command[0]] | {"folder": str(folder)}))
+        words = [str(tmp_path / "c.yaml")]
+    assert main([command[0], *words, *command[1:]]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"the folder cannot be made \(.*\); name one that can$", said)
+
+
 def test_a_teacher_whose_context_is_too_short(capsys, tmp_path):
     """It would be asked about places that it has never seen, and answer."""
     folder = Path(shutil.copytree(CONFIGS / "addition" / "teacher", tmp_path / "model"))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from npd_ascend.device import DTYPES, open_device
-from npd_ascend.durable import commit_file, only_process, sha256
+from npd_ascend.durable import commit_file, make_folder, only_process, sha256
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.benchmarks import BENCHMARKS
 from npd_ascend.evaluate.scores import Score, score_of
@@ -23,7 +23,7 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
 
     lm_eval_version = require_lm_eval()
     settings = load_settings(path, overrides)
-    settings.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.folder)
     refusal = f"{settings.folder}: another `npd eval` is working there; wait for it or set another folder"
     with only_process(settings.folder / "eval.lock", refusal):
         model = _fingerprint(settings)
@@ -129,7 +129,7 @@ def _identity(settings: EvalSettings, chosen: BenchmarkSettings, model: dict, lm
 def _same_as_before(place: Path, identity: dict) -> None:
     """UserError if `place` holds answers of another model or settings."""
     saved = place / "settings.json"
-    if saved.exists():
+    if saved.exists() and any(place.glob("answers-*.jsonl")):  # before the first answer they may still be mended
         was = json.loads(saved.read_text())
         for key in identity:
             if was[key] != identity[key]:

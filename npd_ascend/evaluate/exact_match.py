@@ -19,13 +19,15 @@ from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.student import start_student
 
 
-def run_evaluations(run: RunFolder) -> dict[str, dict]:
-    """Evaluate every model of the run that is there and not yet evaluated; returns RUN/evaluations.json.
+def run_evaluations(run: RunFolder) -> bool:
+    """Evaluate every model of the run that is there and not yet evaluated, into RUN/evaluations.json; False if all are.
 
     Names: start, sft, npd, grpo, teacher. Without reference answers in data.heldout there is nothing to match
     and the file is an empty object.
     """
     done = json.loads(run.evaluations.read_text()) if run.evaluations.exists() else {}
+    if done and not set(models(run)) - done.keys():
+        return False
     tokenizer = run.tokenizer()
     heldout = read_heldout(run.config, tokenizer, run.config.evaluate.max_new_tokens)
     prompts = [prompt for prompt in heldout if prompt.answer is not None]
@@ -37,7 +39,7 @@ def run_evaluations(run: RunFolder) -> dict[str, dict]:
         _save(run, done)
     if not run.evaluations.exists():
         _save(run, done)
-    return done
+    return True
 
 
 def models(run: RunFolder) -> list[str]:

@@ -16,12 +16,12 @@ REASONS = {
     "heldout": "held-out prompt: evaluated, never trained on",
     "truncated": "cut at max_new_tokens (filters.drop_truncated)",
     "too_short": "fewer than filters.min_answer_tokens",
-    "too_long": "more than filters.max_tokens, or than a pack holds",
+    "too_long": "more than filters.max_tokens, or than npd.pack_tokens",
     "repetition": "repeats itself above filters.max_repetition",
     "duplicate": "same answer to the same prompt stands earlier",
     "ifd_undefined": "s(y) is zero or a score is not finite",
-    "ifd_below_zero": "Δ-IFD < 0: the student is less sure of its own answer than the teacher",
-    "ifd_above_tau": "Δ-IFD above the limit that τ sets: sure student, surprised teacher",
+    "ifd_below_zero": "Δ-IFD < 0, the student is less sure of its own answer than the teacher: filters.drop_below_zero",
+    "ifd_above_tau": "Δ-IFD above the limit of filters.tau: sure student, surprised teacher",
     "kept": "trained on",
 }
 

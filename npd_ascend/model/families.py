@@ -104,7 +104,7 @@ def read_config(folder: Path) -> DecoderConfig:
 def _read_raw(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: no such file; a model folder holds config.json, a tokenizer and safetensors"
         ) from None

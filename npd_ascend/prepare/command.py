@@ -3,6 +3,7 @@
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from npd_ascend.config import load_yaml
-from npd_ascend.durable import commit_folder
+from npd_ascend.durable import commit_folder, make_folder
 from npd_ascend.errors import UserError
 from npd_ascend.prepare.overlap import EvaluationTexts, Match, contaminated
 from npd_ascend.prepare.page import write_page
@@ -58,6 +59,7 @@ def run_prepare(file: Path) -> None:
     config = load_yaml(PrepareConfig, file, ())
     if config.folder.exists():
         raise UserError(f"{config.folder}: there already; remove it, or set folder to a new one")
+    make_folder(config.folder.parent)
     total = sum(count_rows(path) for source in config.sources for path in files_of(source))
     texts, evaluation_rows = _evaluation_texts(config)
     evaluation = EvaluationTexts(texts, config.ngram)
@@ -66,6 +68,7 @@ def run_prepare(file: Path) -> None:
     for row in leaked:
         found.reasons[row] = "contaminated"
         del found.tokens[row]
+    _refuse_nothing(config, found)
     with commit_folder(config.folder) as draft:
         statistics = _write(config, draft, found, leaked, total) | {"evaluation_sets": evaluation_rows}
         (draft / "statistics.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False) + "\n")
@@ -75,6 +78,19 @@ def run_prepare(file: Path) -> None:
     for one in evaluation_rows:
         print(f"compared with {one['path']}: {one['rows']:,} rows, {one['unreadable']:,} of them without a text")
     print(f"page: {config.folder / 'report.html'}")
+
+
+def _refuse_nothing(config: PrepareConfig, found: Sorted) -> None:
+    if found.tokens:
+        return
+    counts = Counter(found.reasons)
+    most = counts.most_common(1)
+    why = (
+        f"{most[0][1]} of {len(found.reasons)} rows: {most[0][0]}, {REASONS[most[0][0]]}"
+        if most
+        else "they have no row"
+    )
+    raise UserError(f"sources: {', '.join(str(source.path) for source in config.sources)}: nothing is left ({why})")
 
 
 def is_heldout(prompt: str, share: float, salt: str) -> bool:

@@ -19,13 +19,15 @@ _SAID = 3
 _log = logging.getLogger(__name__)
 
 
-def run_rewards(run: RunFolder) -> None:
-    """Commit every missing shard of rewards; nothing to do is a quick no."""
+def run_rewards(run: RunFolder) -> bool:
+    """Commit every missing shard of rewards; False if none is missing."""
     part, grpo = run.for_grpo(), run.config.grpo
     tokenizer = part.tokenizer()
     check_installed(grpo.rewards)
     pacing, committed = open_grpo_pacing(run.config, tokenizer), part.stream.shards("rewards")
     missing = [shard for shard in pacing.order if shard not in committed]
+    if not missing:
+        return False
     total = sum(map(len, pacing.shards))
     done = total - sum(len(pacing.shards[shard]) for shard in missing)
     judge, heartbeat = Judge(run, tokenizer), run.heartbeat("grpo-reward")
@@ -47,6 +49,7 @@ def run_rewards(run: RunFolder) -> None:
                 bar.update(len(rewards))
     finally:
         judge.close()
+    return True
 
 
 def _is_generated(run: RunFolder, shard: int) -> bool:

@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 CANARY_NATS = {"float32": 2e-3, "bfloat16": 0.1}
 
 
-def run_rollouts(run: RunFolder, number: int, worker: int | None) -> None:
-    """Commit every missing rollout shard of set `number`; nothing to do is a quick no.
+def run_rollouts(run: RunFolder, number: int, worker: int | None) -> bool:
+    """Commit every missing rollout shard of set `number`; False if none is missing.
 
     worker: makes its share among config.processes.rollout of them; None makes all.
     """
@@ -50,27 +50,29 @@ def run_rollouts(run: RunFolder, number: int, worker: int | None) -> None:
         ):
             for shard in missing:
                 bar.update(maker.make(shard, version, number))
+    return bool(missing)
 
 
-def run_live_rollouts(run: RunFolder, worker: int | None) -> None:
-    """The schedule with npd.stream: every missing shard, each with the newest weights as soon as it may begin."""
+def run_live_rollouts(run: RunFolder, worker: int | None) -> bool:
+    """The schedule with npd.stream: every missing shard, each with the newest weights as soon as it may begin; False if
+    none is missing."""
     run.needs_npd()
     tokenizer = run.tokenizer()
-    _make_live(run, worker, tokenizer, open_pacing(run.config, tokenizer), "rollout")
+    return _make_live(run, worker, tokenizer, open_pacing(run.config, tokenizer), "rollout")
 
 
-def run_grpo_rollouts(run: RunFolder, worker: int | None) -> None:
+def run_grpo_rollouts(run: RunFolder, worker: int | None) -> bool:
     """The same for GRPO: the groups of a step as soon as the weights are there that may answer them."""
     part = run.for_grpo()
     tokenizer = part.tokenizer()
-    _make_live(part, worker, tokenizer, open_grpo_pacing(run.config, tokenizer), "grpo-rollout")
+    return _make_live(part, worker, tokenizer, open_grpo_pacing(run.config, tokenizer), "grpo-rollout")
 
 
-def _make_live(run: RunFolder, worker: int | None, tokenizer: ChatTokenizer, pacing: Pacing, name: str) -> None:
+def _make_live(run: RunFolder, worker: int | None, tokenizer: ChatTokenizer, pacing: Pacing, name: str) -> bool:
     mine = share(pacing.order, worker, run.config.processes.rollout)
     missing, total, done = left_of(mine, run.stream.shards("rollouts"), pacing.shards)
     if not missing:
-        return
+        return False
     with (
         open_maker(run, tokenizer, pacing.shards, name, worker) as maker,
         progress(name, total, "samples", done) as bar,
@@ -82,6 +84,7 @@ def _make_live(run: RunFolder, worker: int | None, tokenizer: ChatTokenizer, pac
             )
             version = 0 if shard in pacing.heldout else run.weights.newest()[0]
             bar.update(maker.make(shard, version, version, waited))
+    return True
 
 
 def _load_newest(run: RunFolder, maker: "Maker") -> None:

@@ -26,15 +26,15 @@ from npd_ascend.teacher.served import open_served
 from npd_ascend.tokenizer import ChatTokenizer
 
 
-def run_scoring(run: RunFolder, number: int, worker: int | None) -> None:
-    """Commit every missing score shard of set `number`, then one shard of decisions.
+def run_scoring(run: RunFolder, number: int, worker: int | None) -> bool:
+    """Commit every missing score shard of set `number`, then one shard of decisions; False if they are there.
 
     Score shard i holds the rollouts of rollout shard i that pass the free filters. worker: scores its share among
     config.processes.teacher of them, and number 0 waits for the others and decides; None does all.
     """
     run.needs_npd()
     if run.stream.is_decided(number):
-        return
+        return False
     entries, committed = run.stream.entries("rollouts", number), run.stream.entries("scores", number)
     tokenizer = run.tokenizer()
     expected = len(wanted_shards(run.config, tokenizer, number))
@@ -63,10 +63,11 @@ def run_scoring(run: RunFolder, number: int, worker: int | None) -> None:
             )
             scores = {score.sample_id: score for score in run.stream.read("scores", number)}
             reader.decide(number, 0, rollouts, scores, dropped)
+    return True
 
 
-def run_live_scoring(run: RunFolder, worker: int | None) -> None:
-    """The schedule with npd.stream: score and decide every shard as soon as it is generated.
+def run_live_scoring(run: RunFolder, worker: int | None) -> bool:
+    """The schedule with npd.stream: score and decide every shard as soon as it is generated; False if all are.
 
     What a set is for the filters (a duplicate, a quantile of Δ-IFD) is then the shard.
     """
@@ -76,7 +77,7 @@ def run_live_scoring(run: RunFolder, worker: int | None) -> None:
     mine = share(pacing.order, worker, run.config.processes.teacher)
     missing, total, done = left_of(mine, run.stream.shards("decisions"), pacing.shards)
     if not missing:
-        return
+        return False
     with open_reader(run, tokenizer, worker) as reader, progress("score", total, "samples", done) as bar:
         for shard in missing:
             waited = reader.heartbeat.wait(partial(_is_shard_generated, run, shard), f"rollouts of shard {shard}")
@@ -86,6 +87,7 @@ def run_live_scoring(run: RunFolder, worker: int | None) -> None:
             scores = {score.sample_id: score for score in reader.score(version, shard, rollouts, dropped, waited)}
             reader.decide(version, shard, rollouts, scores, dropped)
             bar.update(len(rollouts))
+    return True
 
 
 def _is_generated(run: RunFolder, number: int, shards: int) -> bool:

@@ -23,16 +23,17 @@ from npd_ascend.trainer.student import load_student, open_metrics
 _log = logging.getLogger(__name__)
 
 
-def train_grpo(run: RunFolder, mesh: Mesh) -> None:
-    """Train every step, publish on the way, export after the last. Called by all ranks."""
+def train_grpo(run: RunFolder, mesh: Mesh) -> bool:
+    """Train every step, publish on the way, export after the last; False if that is done. Called by all ranks."""
     if run.has_trained("grpo"):
-        return
+        return False
     part = run.for_grpo()
     with open_metrics(run, "grpo", mesh) as metrics:
         trainer = GrpoTrainer(part, grpo_stage(part), mesh, metrics, reference=_reference(part, mesh))
         trainer.resume()
         train_all(trainer, mesh)
         trainer.finish()
+    return True
 
 
 def grpo_stage(run: RunFolder) -> LiveStage:

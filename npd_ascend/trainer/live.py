@@ -42,10 +42,10 @@ _TURN_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-def train_live(run: RunFolder, mesh: Mesh) -> None:
-    """Train every step, publish on the way, export after the last. Called by all ranks."""
+def train_live(run: RunFolder, mesh: Mesh) -> bool:
+    """Train every step, publish on the way, export after the last; False if that is done. Called by all ranks."""
     if run.has_trained("npd"):
-        return
+        return False
     with open_metrics(run, "npd", mesh) as metrics:
         trainer = LiveTrainer(run, npd_stage(run), mesh, metrics)
         trainer.resume()
@@ -54,6 +54,7 @@ def train_live(run: RunFolder, mesh: Mesh) -> None:
                 trainer.offer()
             train_all(trainer, mesh)
         trainer.finish()
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

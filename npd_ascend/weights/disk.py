@@ -48,7 +48,10 @@ class DiskChannel:
         """UserError if the version is not there or its weights differ from their checksum."""
         folder = self.path(version)
         if not (folder / "version.json").exists():
-            raise UserError(f"{folder}: weight version {version} is not published; there are {self.versions()}")
+            raise UserError(
+                f"{folder}: weight version {version} is not published; there are {self.versions()}, and "
+                f"`npd sft`, `npd distill` or `npd grpo` makes the next"
+            )
         stamp = json.loads((folder / "version.json").read_text())
         if sha256(folder / "model.safetensors") != stamp["sha256"]:
             raise UserError(
