@@ -28,8 +28,10 @@ class Hardware:
     flops: dict[torch.dtype, Rate]  # FLOP/s of matrix products
     train_share: dict[torch.dtype, Rate]  # of these, in training and prefill
     bus: Rate  # B/s between cards, each way
-    # A step of decoding takes a fixed time at least, or that of its memory traffic, or that of its products.
+    # A step of decoding takes a fixed time at least, or that of its memory traffic, or that of its products; and then
+    # every request draws its token with a seed of its own.
     decode_floor: Rate  # s
+    decode_draw: Rate  # s of a request
     decode_memory: Rate  # B/s of weights and KV cache
     decode_share: Rate  # of flops
     shared: bool = False  # ranks share memory and flops
@@ -41,6 +43,7 @@ class Hardware:
             name = str(dtype).removeprefix("torch.")
             rows += [(f"products, {name}", rate), (f"share in training and prefill, {name}", self.train_share[dtype])]
         rows += [("between cards", self.bus), ("least time of a decode step", self.decode_floor)]
+        rows.append(("drawing one request's token", self.decode_draw))
         return [*rows, ("decode, memory traffic", self.decode_memory), ("decode, share of products", self.decode_share)]
 
 
@@ -63,6 +66,12 @@ ASCEND = Hardware(
     bus=Rate(100e9, "B/s", "assumed; HCCS full mesh, no primary source found (392 GB/s is often quoted)"),
     decode_floor=Rate(
         0.017, "s", "measured by others; icode-pku/OpenPangu README: 1B, TP 1, 58 to 60 tokens/s of one request"
+    ),
+    decode_draw=Rate(
+        7 * 5e-6,
+        "s",
+        "assumed; 7 launches (op-plugin 26.1.0, ExponentialKernelNpuOpApi.cpp) row by row (vllm-ascend 0.23.0, "
+        "sampler.py), 5 us each",
     ),
     decode_memory=Rate(0.5 * 1.6e12, "B/s", "assumed; half of 1.6 TB/s (cann/ops-transformer#5487)"),
     decode_share=Rate(0.40, "", "assumed, as in prefill"),
@@ -90,6 +99,7 @@ def this_host() -> Hardware:
         },
         bus=Rate(2e9, "B/s", "assumed; gloo over loopback"),
         decode_floor=Rate(0.002, "s", "assumed; transformers' own work for a step of a tiny model"),
+        decode_draw=Rate(0.0, "s", "assumed; part of the share of products below"),
         decode_memory=Rate(10e9, "B/s", "assumed"),
         decode_share=Rate(0.16, "", "assumed; 55 tokens/s of SmolLM2-135M's shape on a core (benchmarks/README.md)"),
         shared=True,

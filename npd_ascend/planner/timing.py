@@ -88,11 +88,12 @@ def decode_tokens_per_s(
     traffic = dtype.itemsize * config.num_parameters + batch * context * kv_bytes_per_token(config, dtype)
     # a causal mask halves the attention of a whole sample, not that of its next token
     products = batch * _forward_flops(config, 1, Samples(2 * context, 1.0))
-    return batch / max(
+    step = max(
         hardware.decode_floor.value,
         traffic / hardware.decode_memory.value,
         products / (hardware.flops[dtype].value * hardware.decode_share.value),
     )
+    return batch / (step + batch * hardware.decode_draw.value)
 
 
 def _flops_per_s(dtype: torch.dtype, hardware: Hardware) -> float:

@@ -73,6 +73,11 @@ def start_llm(
             enable_prefix_caching=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            # with two batches on their way vllm-ascend 0.23.0 may overwrite the random numbers of one by those of the
+            # other, and masked tokens are drawn (vllm-ascend#13394, mended after it)
+            async_scheduling=False,
+            # of vllm-ascend: on an ARM host, and as root, it would stop irqbalance for good and move interrupts
+            additional_config={"enable_cpu_binding": False},
             weight_transfer_config={"backend": device_backend or BACKEND},  # opens nothing before join_sender
         )
     except ValueError as error:

@@ -120,6 +120,13 @@ def test_greedy_equals_a_plain_loop_of_transformers(loaded):
     assert {completion.finish_reason for completion in done} == {"stop", "length"}
 
 
+def test_no_batch_is_begun_before_the_last_has_its_tokens(loaded):
+    """What vllm-ascend 0.23.0 wants of whoever samples (docs/ascend.md, async_scheduling)."""
+    config = loaded[2]._llm.llm_engine.vllm_config
+    assert not config.scheduler_config.async_scheduling
+    assert config.additional_config["enable_cpu_binding"] is False
+
+
 def test_an_end_at_the_limit_is_an_end(loaded):
     model, _, engine, eos_id = loaded
     tokens, _ = greedy(model, PROMPTS[0], 6, eos_id)
