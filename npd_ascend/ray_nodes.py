@@ -33,8 +33,8 @@ class RayProcess:
         import ray
 
         needs = dict(needs)
-        own = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0)}  # Ray refuses these as resources
-        remote = ray.remote(**own, resources=needs, max_retries=0)(_run_here)
+        cpus, gpus = needs.pop("CPU", 0), needs.pop("GPU", 0)  # Ray refuses these two as resources
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=needs, max_retries=0)(_run_here)
         self._result: Any = remote.remote(list(command), str(log))
         self._name = log.stem
 

@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from npd_ascend.config import Config, dump_config, load_config, override
+from npd_ascend.config import Config, dump_config, load_config
+from npd_ascend.config_file import override
 from npd_ascend.durable import append_line, commit_folder
 from npd_ascend.errors import UserError
 from npd_ascend.filters import decide, free_reasons
@@ -24,7 +25,7 @@ from npd_ascend.tokenizer import ChatTokenizer
 
 _MAY_DIFFER = re.compile(
     r"(run|npd|filters|evaluate|parallel|processes|device|kernels)\..*|teacher\.top_k"
-    r"|rollout\.(engine|weights|kv_cache_gib)"  # of an engine that has nothing to do
+    r"|rollout\.(engine|weights|kv_cache_gib|eager)"  # of an engine that has nothing to do
 )
 _SCHEDULE = re.compile(r"npd\.(stream|overlap)\b.*")  # who generated what, and when
 _SHARDS = ("npd.epochs", "run.seed")  # with npd.stream, which shards there are, and of which prompts

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from npd_ascend.config import Config, dump_config, load_config, override
+from npd_ascend.config import Config, dump_config, load_config
+from npd_ascend.config_file import override
 from npd_ascend.durable import commit_file, keep_first, only_process
 from npd_ascend.errors import UserError
 from npd_ascend.heartbeat import Heartbeat

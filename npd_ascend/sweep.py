@@ -16,7 +16,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from npd_ascend.config import load_config, load_yaml, override
+from npd_ascend.config import load_config
+from npd_ascend.config_file import load_yaml, override
 from npd_ascend.durable import make_folder
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent

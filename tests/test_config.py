@@ -8,7 +8,8 @@ import yaml
 from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
-from npd_ascend.config import dump_config, load_config, override
+from npd_ascend.config import dump_config, load_config
+from npd_ascend.config_file import override
 from npd_ascend.errors import UserError
 from npd_ascend.runfolder import open_run, reopen_run
 

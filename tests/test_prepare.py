@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import CONFIGS
 
-from npd_ascend.config import load_yaml
+from npd_ascend.config_file import load_yaml
 from npd_ascend.prepare.command import PrepareConfig, is_heldout
 from npd_ascend.prepare.overlap import EvaluationTexts, contaminated, words_of
 

@@ -11,7 +11,8 @@ import yaml
 from command import npd, npd_here
 from conftest import CONFIGS
 
-from npd_ascend.config import load_config, load_yaml
+from npd_ascend.config import load_config
+from npd_ascend.config_file import load_yaml
 from npd_ascend.replay import open_replay, plan_replay
 from npd_ascend.runfolder import reopen_run
 from npd_ascend.sweep import SweepConfig

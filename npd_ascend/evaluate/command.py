@@ -102,6 +102,7 @@ def _engine(settings: EvalSettings, tokenizer: ChatTokenizer, max_tokens: int) -
         vocab_size=tokenizer.vocab_size,
         max_model_len=max_tokens,
         kv_cache_gib=model.kv_cache_gib,
+        eager=model.eager,
     )
 
 
@@ -116,6 +117,8 @@ def _fingerprint(settings: EvalSettings) -> dict[str, str]:
 def _identity(settings: EvalSettings, chosen: BenchmarkSettings, model: dict, lm_eval_version: str) -> dict:
     """All that the answers to a benchmark depend on. Memory and threads may change."""
     kept = settings.model.model_dump(mode="json", include={"dtype", "engine", "system_prompt", "prompt_suffix"})
+    if not settings.model.eager:
+        kept["eager"] = False
     return {
         "lm_eval": lm_eval_version,
         "seed": settings.seed,

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from npd_ascend.config import DeviceConfig, load_yaml
+from npd_ascend.config import DeviceConfig
+from npd_ascend.config_file import load_yaml
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.benchmarks import BENCHMARKS, Benchmark
 
@@ -24,6 +25,7 @@ class ModelSettings(_Section):
     batch_size: int = Field(32, ge=1)  # questions asked together
     max_tokens: int | None = Field(None, ge=2)  # prompt and answer; default: the model's context
     kv_cache_gib: float = Field(1.0, gt=0)  # of vllm
+    eager: bool = True  # of vllm; false: compiled
     # none: the user's turn alone; task: what lm-eval puts into the system turn for some benchmarks
     system_prompt: Literal["none", "task"] = "none"
     prompt_suffix: str = ""  # ends every user turn, for example " /no_think" for fast thinking

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from npd_ascend.config import load_yaml
+from npd_ascend.config_file import load_yaml
 from npd_ascend.durable import commit_folder, make_folder
 from npd_ascend.errors import UserError
 from npd_ascend.prepare.overlap import EvaluationTexts, Match, contaminated

@@ -38,12 +38,19 @@ def require_vllm() -> None:
 
 
 def start_llm(
-    folder: Path, *, dtype: torch.dtype, max_model_len: int, kv_cache_bytes: int, device_backend: str | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    max_model_len: int,
+    kv_cache_bytes: int,
+    eager: bool = True,
+    device_backend: str | None = None,
 ) -> Any:
     """A vllm.LLM in this process that takes token ids. UserError if vLLM cannot be imported or refuses the model.
 
-    max_model_len: tokens of the longest prompt with its answer. kv_cache_bytes: reserved at once. device_backend: of
-    vLLM's own for weights from the trainer's device; None: they come through host memory.
+    max_model_len: tokens of the longest prompt with its answer. kv_cache_bytes: reserved at once. eager: not compiled,
+    and on a card no graphs. device_backend: of vLLM's own for weights from the trainer's device; None: they come
+    through host memory.
     """
     require_vllm()
     os.environ.update(_ENVIRONMENT)
@@ -69,7 +76,7 @@ def start_llm(
             generation_config="vllm",  # not the model folder's own sampling rule
             skip_tokenizer_init=True,
             trust_remote_code=False,
-            enforce_eager=True,
+            enforce_eager=eager,
             enable_prefix_caching=True,
             disable_log_stats=True,
             use_tqdm_on_load=False,

@@ -224,6 +224,7 @@ def open_engine(config: Config, tokenizer: ChatTokenizer, longest_prompt: int) -
             vocab_size=tokenizer.vocab_size,
             max_model_len=longest_prompt + rollout.max_new_tokens,
             kv_cache_gib=rollout.kv_cache_gib,
+            eager=rollout.eager,
             device_backend=collective_backend(device) if rollout.weights == "device" else None,
         )
     return HfEngine(

@@ -204,6 +204,18 @@ def test_new_weights_answer_after_a_reload(loaded, request, tmp_path, monkeypatc
     check_greedy(model, engine, eos_id)
 
 
+def test_compiled_it_answers_the_same_before_and_after_new_weights(tmp_path):
+    (model, folder), (new_model, new_folder) = (make_folder("pangu", tmp_path / str(seed), seed) for seed in (0, 1))
+    engine = make_engine(2, eager=False)
+    try:
+        engine.load_weights(folder)
+        check_greedy(model, engine, 2)
+        engine.load_weights(new_folder)
+        check_greedy(new_model, engine, 2)
+    finally:
+        close(engine)
+
+
 def test_a_canary_sees_new_weights_and_a_cache_that_outlived_the_old_ones(loaded, request, tmp_path, monkeypatch):
     model, folder, engine, eos_id = loaded
     new_model, new_folder = make_folder(request.node.callspec.params["loaded"], tmp_path / "b", 1)
