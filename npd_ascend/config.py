@@ -195,6 +195,8 @@ class FilterConfig(Section):
 
 
 class EvalConfig(Section):
+    engine: Literal["hf", "vllm"] = "hf"  # of the scores; what is measured in training is the trainer's own
+    kv_cache_gib: float = Field(1.0, gt=0)  # of vllm
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(256, ge=1)
     # held-out metrics in training, in optimizer steps; none: only in NPD, after its epochs or with its weight versions,
@@ -268,11 +270,6 @@ class Config(Section):
         rollout = self.rollout
         if rollout is None or self.data.problems is None:
             raise ValueError("grpo needs rollout and data.problems; add what is missing or remove grpo")
-        if self.npd is None and (self.filters != FilterConfig() or rollout.samples_per_prompt != 1):
-            raise ValueError(
-                "filters and rollout.samples_per_prompt are for npd, and this run has grpo alone, which would pay no "
-                "heed to them; remove them"
-            )
         if rollout.temperature != 1 or rollout.top_p != 1:
             raise ValueError(
                 f"rollout.temperature={rollout.temperature} and top_p={rollout.top_p} with grpo, which trains the "

@@ -36,7 +36,9 @@ _log = logging.getLogger(__name__)
 def check_run(config: Config) -> str:
     """The plan as text; UserError names the first thing that would fail."""
     if (config.npd or config.grpo) and config.rollout.engine == "vllm":
-        require_vllm()
+        require_vllm("rollout.engine")
+    if config.evaluate.engine == "vllm":
+        require_vllm("evaluate.engine")
     RunFolder(config).check_data(keep=False)
     student, tokenizer = read_config(config.student.path), ChatTokenizer(config.student.path)
     lines = [f"run      {config.run.name} -> {config.run.folder}"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = re.compile(
     r"(parallel|processes|device|kernels)\..*|\w+\.checkpoint_every_steps"
-    r"|evaluate\.(batch_size|every_steps)|rollout\.kv_cache_gib"
+    r"|evaluate\.(engine|kv_cache_gib|batch_size|every_steps)|rollout\.kv_cache_gib"
 )
 _log = logging.getLogger(__name__)
 

@@ -163,9 +163,6 @@ def test_the_example_of_the_first_script_is_one():
 
 
 def test_a_setting_that_would_do_nothing_is_refused():
-    for words in (["filters.drop_truncated=true"], ["rollout.samples_per_prompt=4"]):
-        with pytest.raises(UserError, match=r"are for npd, and this run has grpo alone"):
-            load_config(CONFIGS / "addition_grpo.yaml", words)
     with pytest.raises(UserError, match=r"publish_not_before=2 is for publish_at_kl"):
         load_config(ADDITION, ["npd.refresh_after=[]", "npd.stream={publish_not_before: 2}"])
 

@@ -3,6 +3,8 @@
 import json
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from npd_ascend.config import Config
@@ -12,8 +14,9 @@ from npd_ascend.model.load import save_decoder
 from npd_ascend.progress import progress
 from npd_ascend.prompts import read_heldout
 from npd_ascend.records import Prompt
-from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.engine import Engine, Request, Sampling
 from npd_ascend.rollout.hf_engine import HfEngine
+from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.student import start_student
@@ -53,14 +56,18 @@ def models(run: RunFolder) -> list[str]:
 
 def exact_match(config: Config, folder: Path, tokenizer: ChatTokenizer, prompts: list[Prompt], name: str) -> dict:
     """Share of greedy answers that equal the reference, and its standard error."""
-    engine = HfEngine(
-        dtype=DTYPES[config.student.dtype],
-        device=open_device(config.device.kind, config.device.threads),
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        vocab_size=tokenizer.vocab_size,
-    )
-    engine.load_weights(folder)
+    with _engine(config, tokenizer, max(len(prompt.token_ids) for prompt in prompts)) as engine:
+        engine.load_weights(folder)
+        right = _count_right(config, engine, tokenizer, prompts, name)
+    share = right / len(prompts)
+    return {
+        "exact_match": share,
+        "standard_error": math.sqrt(share * (1 - share) / len(prompts)),
+        "prompts": len(prompts),
+    }
+
+
+def _count_right(config: Config, engine: Engine, tokenizer: ChatTokenizer, prompts: list[Prompt], name: str) -> int:
     right, size = 0, config.evaluate.batch_size
     with progress(f"eval {name}", len(prompts), "prompts") as bar:
         for batch in (prompts[at : at + size] for at in range(0, len(prompts), size)):
@@ -69,12 +76,27 @@ def exact_match(config: Config, folder: Path, tokenizer: ChatTokenizer, prompts:
             answers = [tokenizer.decode_answer(completion.token_ids).strip() for completion in completions]
             right += sum(answer == prompt.answer.strip() for answer, prompt in zip(answers, batch, strict=True))
             bar.update(len(batch))
-    share = right / len(prompts)
-    return {
-        "exact_match": share,
-        "standard_error": math.sqrt(share * (1 - share) / len(prompts)),
-        "prompts": len(prompts),
-    }
+    return right
+
+
+@contextmanager
+def _engine(config: Config, tokenizer: ChatTokenizer, longest_prompt: int) -> Iterator[Engine]:
+    dtype, device = DTYPES[config.student.dtype], open_device(config.device.kind, config.device.threads)
+    eos_id, pad_id, vocab_size = tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size
+    if config.evaluate.engine == "hf":
+        yield HfEngine(dtype=dtype, device=device, eos_id=eos_id, pad_id=pad_id, vocab_size=vocab_size)
+        return
+    engine = VllmEngine(
+        dtype=dtype,
+        eos_id=eos_id,
+        vocab_size=vocab_size,
+        max_model_len=longest_prompt + config.evaluate.max_new_tokens,
+        kv_cache_gib=config.evaluate.kv_cache_gib,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def _folder(run: RunFolder, name: str, scratch: Path) -> Path:

