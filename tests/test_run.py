@@ -328,6 +328,19 @@ def test_two_processes_do_not_work_on_one_stage(reference, tmp_path):
     assert "another `npd distill` is working on this run" in refused(done)
 
 
+def test_what_is_done_already_adds_no_seconds(reference, tmp_path):
+    run = Path(shutil.copytree(reference, tmp_path / "run"))
+    stages = (run / "logs" / "stages.jsonl").read_text()
+    for name in ("sft", "rollout", "score", "distill", "eval"):
+        done = stage_on(name, run)
+        assert done.returncode == 0, done.stderr
+        assert (run / "logs" / "stages.jsonl").read_text() == stages, name
+    scores = json.loads((run / "evaluations.json").read_text())
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(scores)
+    assert f"sft       {scores['sft']['exact_match']:.3f} ± " in done.stdout
+    assert stage_on("report", run).stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
+
+
 def _mounted(folder: Path, size: str) -> bool:
     folder.mkdir()
     return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=False).returncode == 0
