@@ -100,7 +100,9 @@ class Checkpoints:
             try:
                 dcp.save(
                     {chunk.name: chunk for chunk in chunks},
-                    storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True),
+                    # with one thread it would ask for a stream of the accelerator, which in this thread is the first
+                    # card for every rank, and open it; all is on the CPU by now
+                    storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True, thread_count=2),
                     planner=_SavePlanner(),
                     process_group=self._mesh.host_group,
                     no_dist=self._mesh.host_group is None,

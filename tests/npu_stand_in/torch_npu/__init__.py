@@ -1,0 +1,40 @@
+"""torch_npu's name for a device that computes on the CPU: device.cpp, compiled to NPD_STAND_IN.
+
+Nothing of torch-npu is in it, and it shows no more of an NPU than this: every tensor of a run is on the device where it
+has to be, and every process uses the card that it was given.
+"""
+
+import importlib.util
+import os
+import types
+
+import torch
+
+_spec = importlib.util.spec_from_file_location("device", os.environ["NPD_STAND_IN"])
+_device = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_device)
+
+
+def _set_device(device: int | torch.device) -> None:
+    _device.set_device(device if isinstance(device, int) else device.index or 0)
+
+
+def _not_here(*_, **__):
+    raise NotImplementedError("an operator of the NPU, and this is none")
+
+
+npu_fusion_attention = npu_rotary_mul = _not_here  # transformers imports them where there is a torch_npu
+npu = types.ModuleType("torch.npu")
+npu.device_count = lambda: _device.cards
+npu.is_available = npu.is_initialized = lambda: True
+npu.current_device = _device.current_device
+npu.set_device = _set_device
+npu.synchronize = lambda device=None: None
+npu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+npu._is_in_bad_fork = lambda: False
+npu.manual_seed = npu.manual_seed_all = lambda seed: None
+
+torch.utils.rename_privateuse1_backend("npu")
+_device.register_hooks()
+torch._register_device_module("npu", npu)
+torch.utils.generate_methods_for_privateuse1_backend()
