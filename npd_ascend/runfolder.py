@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -152,11 +151,15 @@ def enter_run(config: Config) -> RunFolder:
 
 
 def leave_run(run: RunFolder) -> None:
-    """Take away what enter_run and the log made, if nothing of the run is there."""
-    if not (run.path / "config.yaml").exists():
-        shutil.rmtree(run.logs)
-        with suppress(OSError):  # something of somebody else's
-            run.path.rmdir()
+    """Take away what enter_run, the log and the lock of `npd run` made, if nothing of the run is there."""
+    if (run.path / "config.yaml").exists():
+        return
+    for file in (run.logs / "run.lock", run.logs / "run.log"):
+        if file.exists() and not file.stat().st_size:
+            file.unlink()
+    with suppress(OSError):  # something else is in them
+        run.logs.rmdir()
+        run.path.rmdir()
 
 
 def keep_config(run: RunFolder) -> None:

@@ -32,7 +32,8 @@ def run_recipe(run: RunFolder, nodes: Nodes, arguments: Sequence[str]) -> int:
     Of several nodes each runs its share of every group, and begins the next when all have done theirs.
     """
     if code := _check(run, arguments):
-        leave_run(run)
+        if nodes.here.count == 1:  # the others write there
+            leave_run(run)
         nodes.end(f"the check before the run ended with exit code {code}, for a reason that it said there")
         return code
     nodes.meet("the check before the run")
@@ -134,9 +135,11 @@ def _start(
         return _Running(process, RayProcess(command, path, process.needs), environment, time.time(), restarts, path)
     log = None if first else path
     output: IO | None = log.open("a") if log else None
+    # with the terminal it says how far it is; results that it prints when typed alone come at the end of `npd run`
+    results = output or subprocess.DEVNULL
     try:
         child = subprocess.Popen(
-            command, env=os.environ | environment, stdout=output, stderr=output, preexec_fn=die_with_parent
+            command, env=os.environ | environment, stdout=results, stderr=output, preexec_fn=die_with_parent
         )
     finally:
         if output:

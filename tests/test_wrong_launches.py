@@ -91,10 +91,10 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path, capfd):
     words = ["--config", str(CONFIGS / "addition_cpu.yaml"), f"run.folder={tmp_path / 'run'}", "npd.pack_tokens=9"]
     assert main(["run", *words]) == 2
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine").touch()
+    (mine := tmp_path / "run" / "logs" / "mine").parent.mkdir(parents=True)
+    mine.touch()
     assert main(["run", *words]) == 2
-    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "mine"]
+    assert [file for file in (tmp_path / "run").rglob("*") if file.is_file()] == [mine]
     capfd.readouterr()
 
 
