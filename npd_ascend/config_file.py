@@ -17,10 +17,12 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML itself lets a second key of a name take the place of the first."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            place = next(key for key, _ in reversed(node.value) if self.construct_object(key, deep=True) == twice[0])
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands there twice", place.start_mark)
+        seen = set()
+        for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} stands there twice", key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 

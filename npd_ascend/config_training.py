@@ -46,9 +46,6 @@ class TrainConfig(StageConfig):
     packs_per_step: int = Field(1, ge=1)  # the global batch, in packs
 
 
-_NOT_BEFORE = 4
-
-
 class StreamConfig(Section):
     """Rollouts, teacher and trainer side by side; a step trains on the next shards as soon as they are decided."""
 
@@ -56,14 +53,10 @@ class StreamConfig(Section):
     max_lag: int = Field(1, ge=0)  # versions that a sample may be behind when it is trained on
     publish_every: int = Field(16, ge=1)  # steps from version to version; with publish_at_kl the longest interval
     publish_at_kl: float | None = Field(None, gt=0)  # publish once KL(current || generator) passes it; nats/token
-    publish_not_before: int = Field(_NOT_BEFORE, ge=1)  # steps; the shortest interval with publish_at_kl
+    publish_not_before: int = Field(4, ge=1)  # steps; the shortest interval with publish_at_kl
 
     @model_validator(mode="after")
     def _intervals_fit(self):
-        if self.publish_at_kl is None and self.publish_not_before != _NOT_BEFORE:
-            raise ValueError(
-                f"publish_not_before={self.publish_not_before} is for publish_at_kl; set that, or remove it"
-            )
         if self.publish_at_kl is not None and self.publish_not_before > self.publish_every:
             raise ValueError(
                 f"publish_not_before={self.publish_not_before} is above publish_every={self.publish_every}; lower it"

@@ -25,7 +25,7 @@ def wanted_shards(config: Config, tokenizer: ChatTokenizer, number: int = 0) -> 
     the held-out prompts in shards of their own. The same for every set and every restart: a shard is generated as
     one batch, so its numbers cannot depend on where an earlier process was killed.
     """
-    room = max_prompt_tokens(config, config.rollout.max_new_tokens)
+    room = _read_by_both(config, config.rollout.max_new_tokens)
     training = read_prompts(config.data, "prompts", tokenizer, max_prompt_tokens=room)
     heldout = [(prompt, 0) for prompt in read_heldout(config, tokenizer, config.rollout.max_new_tokens)]
     answers, size = config.rollout.samples_per_prompt, config.rollout.batch_size
@@ -72,23 +72,32 @@ def _cut(wanted: list[Wanted], size: int) -> list[list[Wanted]]:
 
 def read_heldout(config: Config, tokenizer: ChatTokenizer, max_new_tokens: int) -> list[Prompt]:
     """The held-out prompts, each with room for an answer of `max_new_tokens`."""
-    room = max_prompt_tokens(config, max_new_tokens)
+    room = _read_by_both(config, max_new_tokens)
     return read_prompts(config.data, "heldout", tokenizer, max_prompt_tokens=room)
 
 
-def fingerprints(data: DataConfig) -> dict[str, str]:
-    """Role -> sha256 of the rows, for every source that is a file: their prompt ids are numbers of lines."""
-    files = {role: source for role, source in data if isinstance(source, JsonlSource)}
-    return {
-        role: hashlib.sha256("".join(json.dumps(row[1:]) + "\n" for row in _jsonl(source)).encode()).hexdigest()
-        for role, source in files.items()
-    }
+def fingerprints(config: Config) -> dict[str, str]:
+    """Role -> sha256 of the rows, for every source of the run that is a file: their prompt ids are numbers of lines."""
+    used = {"gold": config.sft, "prompts": config.npd, "problems": config.grpo, "heldout": True}
+    found = {}
+    for role, source in config.data:
+        if isinstance(source, JsonlSource) and used[role]:
+            digest = hashlib.sha256()
+            for row in _jsonl(source):
+                digest.update(json.dumps(row[1:]).encode() + b"\n")
+            found[role] = digest.hexdigest()
+    return found
 
 
 def max_prompt_tokens(config: Config, max_new_tokens: int) -> int:
-    """Prompt tokens that leave room for an answer in the context of the student, and of the teacher that reads both."""
-    models = [config.student.path] + ([config.teacher.path] if config.npd else [])
-    return min(read_config(folder).max_position for folder in models) - max_new_tokens
+    """Prompt tokens that leave room for an answer in the student's context."""
+    return read_config(config.student.path).max_position - max_new_tokens
+
+
+def _read_by_both(config: Config, max_new_tokens: int) -> int:
+    """The same where the teacher reads prompt and answer too."""
+    room = max_prompt_tokens(config, max_new_tokens)
+    return min(room, read_config(config.teacher.path).max_position - max_new_tokens) if config.npd else room
 
 
 def read_prompts(
@@ -106,8 +115,8 @@ def read_prompts(
     source, key = getattr(data, role), f"data.{role}"
     if max_prompt_tokens < 1:
         raise UserError(
-            f"{key}: no prompt fits before an answer of max_new_tokens, which is {1 - max_prompt_tokens} tokens more "
-            f"than the models' context; lower rollout.max_new_tokens or evaluate.max_new_tokens"
+            f"{key}: no prompt fits before an answer of max_new_tokens, which fills the models' context; lower "
+            f"rollout.max_new_tokens or evaluate.max_new_tokens"
         )
     prompts: list[Prompt] = []
     seen: set[str] = set()

@@ -95,8 +95,8 @@ def visible_cards(kind: str) -> list[str]:
     """
     if kind == "cpu":
         return []
-    if listed := os.environ.get(_VISIBLE[kind]):
-        return listed.split(",")
+    if (listed := os.environ.get(_VISIBLE[kind])) is not None:
+        return [card for card in listed.split(",") if card]
     files = list(_DEV.glob(f"{_FILES[kind]}[0-9]*"))
     return [str(number) for number in range(len(files))]
 

@@ -48,6 +48,7 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.evaluations = self.path / "evaluations.json"
         self.data = self.path / "data.json"
+        self._tokenizer: ChatTokenizer | None = None
 
     def heartbeat(self, name: str) -> Heartbeat:
         """That of the process `name`, as the supervisor looks for it."""
@@ -59,6 +60,8 @@ class RunFolder:
         UserError if it has changed since another process of the run, or an earlier one, has used it, or if the rows
         of a data file have.
         """
+        if self._tokenizer:
+            return self._tokenizer
         from npd_ascend.tokenizer import ChatTokenizer  # `npd run` itself needs no transformers
 
         tokenizer, file = ChatTokenizer(self.config.student.path), self.stream.tokenizer
@@ -70,6 +73,7 @@ class RunFolder:
                 f"it, or start again with a new run.folder"
             )
         self.check_data(keep=True)
+        self._tokenizer = tokenizer
         return tokenizer
 
     def check_data(self, *, keep: bool) -> None:
@@ -79,10 +83,10 @@ class RunFolder:
         """
         from npd_ascend.prompts import fingerprints
 
-        found = json.dumps(mine := fingerprints(self.config.data)) + "\n"
+        found = json.dumps(mine := fingerprints(self.config)) + "\n"
         kept = keep_first(self.data, found) if keep else self.data.read_text() if self.data.exists() else found
         for role, was in json.loads(kept).items():
-            if mine[role] != was:
+            if mine.get(role) != was:
                 raise UserError(
                     f"{getattr(self.config.data, role).path}: data.{role}: its rows are not those that this run began "
                     f"with (sha256 {mine[role][:12]}, {self.data} has {was[:12]}), so prompt ids would mean other "

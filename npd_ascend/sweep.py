@@ -116,9 +116,10 @@ def _do(sweep: SweepConfig, run: _Run) -> None:
     else:
         command += ["run", "--config", str(sweep.config), override("run.folder", run.folder), *run.overrides]
     with log.open("a") as output:
+        before = output.tell()  # of an earlier attempt
         done = subprocess.run(command, stdout=output, stderr=output, check=False, preexec_fn=die_with_parent)
     if done.returncode:
-        lines = log.read_text().strip().splitlines()
+        lines = log.read_text()[before:].strip().splitlines()
         said = [line for line in lines if line.startswith("npd ")] or lines  # the reason, in one line
         reason = f"exit code {done.returncode}" + (f", {said[-1]}" if said else "")
         raise UserError(f"variant {run.variant!r}, seed {run.seed}: {reason}; see {log}")

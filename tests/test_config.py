@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import CONFIGS
+from pydantic import BaseModel
 
 from npd_ascend.__main__ import main
 from npd_ascend.config import dump_config, load_config
-from npd_ascend.config_file import override
+from npd_ascend.config_file import load_yaml, override
 from npd_ascend.errors import UserError
 from npd_ascend.runfolder import open_run, reopen_run
 
@@ -145,6 +146,15 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path):
         load_config(file)
 
 
+def test_a_key_may_take_the_place_of_one_from_an_anchor(tmp_path):
+    class Two(BaseModel):
+        a: dict[str, int]
+        b: dict[str, int]
+
+    (tmp_path / "c.yaml").write_text("a: &one {x: 1, y: 2}\nb: {<<: *one, y: 3}\n")
+    assert load_yaml(Two, tmp_path / "c.yaml", ()).b == {"x": 1, "y": 3}
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
@@ -160,11 +170,6 @@ def test_a_value_that_cannot_be_is_told(word, said):
 def test_the_example_of_the_first_script_is_one():
     said = (CONFIGS.parent / "launch" / "npd_cpu.sh").read_text()
     load_config(ADDITION, re.search(r"for example: (.*)", said)[1].split())
-
-
-def test_a_setting_that_would_do_nothing_is_refused():
-    with pytest.raises(UserError, match=r"publish_not_before=2 is for publish_at_kl"):
-        load_config(ADDITION, ["npd.refresh_after=[]", "npd.stream={publish_not_before: 2}"])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from npd_ascend.parallel.plan import cut_model
 from npd_ascend.planner.command import _Asked
 from npd_ascend.planner.layer import Live, count_layer, silent_mesh
 from npd_ascend.planner.memory import Layout, rollout_memory, teacher_memory, trainer_memory
-from npd_ascend.planner.rates import ASCEND
+from npd_ascend.planner.rates import ASCEND, this_host
 from npd_ascend.planner.timing import Samples, Workload, cycle, decode_tokens_per_s, step_seconds
 
 ROOT = Path(__file__).parent.parent
@@ -302,6 +302,31 @@ def test_the_reference_of_grpo_is_one_more_student():
         found.append(asked.plan(asked.layout).memory[-1])
     plain, with_kl = found
     assert with_kl.peak - plain.peak == with_kl.weights - plain.weights == plain.weights
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("sft", "gold"), ("npd", "prompts"), ("grpo", "problems"), ("../../openpangu_1b_8npu", "prompts")],
+)
+def test_what_is_shipped_for_npus_fits_a_card(large_student, name, role):
+    """Of the models only the student's shape is known here; prompts are sums."""
+    words = [f"student.path={large_student}", "data.heldout={kind: addition, first: 1, count: 8}"]
+    words.append(f"data.{role}={{kind: addition, first: 10000, count: 64}}")
+    words += [f"teacher.path={large_student}"] if role == "prompts" else []
+    config = load_config(CONFIGS / "repro" / "openpangu_1b" / f"{name}.yaml", words)
+    asked = _Asked(config, ASCEND)
+    assert asked.plan(asked.layout).too_large() is None
+
+
+def test_each_stage_is_planned_with_packs_of_its_own():
+    words = ["npd.pack_tokens=64", "grpo={pack_tokens: 512, steps: 2}", "data.problems={kind: addition, count: 40}"]
+    asked = _Asked(load_config(CONFIGS / "addition_cpu.yaml", [*words, "processes.rollout=4"]), this_host())
+    plan = asked.plan(asked.layout)
+    memory = {one.role: one for one in plan.memory}
+    assert memory["grpo"].activations > 4 * memory["distill"].activations
+    shorter = asked.plan(replace(asked.layout, pack_tokens=32))
+    assert {one.role: one for one in shorter.memory}["grpo"].activations < memory["distill"].activations
+    assert plan.limits["grpo-rollout"] == plan.limits["rollout"] == plan.limits["distill"] // 4
 
 
 @pytest.mark.parametrize(("name", "section"), [("addition_teacher", "sft"), ("addition_grpo", "grpo")])

@@ -196,20 +196,25 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 
 
 def test_the_first_of_two_who_both_saw_nothing_stands(tmp_path):
-    """Each would otherwise see its own."""
-    code = "import sys; from pathlib import Path; from npd_ascend.durable import keep_first\n"
-    code += "sys.stdin.readline(); print(keep_first(Path(sys.argv[1]), sys.argv[2]))"
-    file, pipe = tmp_path / "kept", subprocess.PIPE
-    for _ in range(5):
-        both = [
-            subprocess.Popen([sys.executable, "-c", code, file, str(i)], stdin=pipe, stdout=pipe, text=True)
-            for i in range(2)
-        ]
-        for one in both:
-            one.stdin.write("\n")
-            one.stdin.flush()
-        assert len({one.communicate()[0] for one in both} | {file.read_text() + "\n"}) == 1
-        file.unlink()
+    """Each would otherwise see its own. Held at the moment at which both have looked."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from npd_ascend import durable
+
+class Slow(type(Path())):
+    def exists(self):
+        found, me = super().exists(), Path({str(tmp_path)!r}, "looked" + sys.argv[1])
+        if not me.exists():
+            me.touch()
+            while len(list(Path({str(tmp_path)!r}).glob("looked*"))) < 2:
+                time.sleep(0.01)
+        return found
+
+print(durable.keep_first(Slow({str(tmp_path)!r}, "kept"), sys.argv[1]))
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    assert {one.communicate()[0].strip() for one in both} == {(tmp_path / "kept").read_text()}
 
 
 def _fail_half_way(draft):

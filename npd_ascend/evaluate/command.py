@@ -103,6 +103,7 @@ def _engine(settings: EvalSettings, tokenizer: ChatTokenizer, max_tokens: int) -
         max_model_len=max_tokens,
         kv_cache_gib=model.kv_cache_gib,
         eager=model.eager,
+        section="model",
     )
 
 
@@ -132,7 +133,7 @@ def _identity(settings: EvalSettings, chosen: BenchmarkSettings, model: dict, lm
 def _same_as_before(place: Path, identity: dict) -> None:
     """UserError if `place` holds answers of another model or settings."""
     saved = place / "settings.json"
-    if saved.exists() and any(place.glob("answers-*.jsonl")):  # before the first answer they may still be mended
+    if saved.exists() and any(place.glob("*-*.json*")):  # before the first answer they may still be mended
         was = json.loads(saved.read_text())
         for key in identity:
             if was[key] != identity[key]:

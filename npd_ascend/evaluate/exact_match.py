@@ -92,6 +92,7 @@ def _engine(config: Config, tokenizer: ChatTokenizer, longest_prompt: int) -> It
         vocab_size=vocab_size,
         max_model_len=longest_prompt + config.evaluate.max_new_tokens,
         kv_cache_gib=config.evaluate.kv_cache_gib,
+        section="evaluate",
     )
     try:
         yield engine

@@ -16,7 +16,7 @@ from npd_ascend.model.hf_weights import hf_shapes, hf_views, load_hf_weights
 from npd_ascend.model.safetensors_stream import write_safetensors
 from npd_kernels import layer_ops, packed_attention, token_loss
 
-# Everything else belongs to the model and travels with it (licence files included).
+# Every other file beside config.json belongs to the model and travels with it (licences included).
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data|ot|tflite)|.*\.index\.json|(version|canary)\.json"
 )

@@ -37,9 +37,9 @@ class Plan:
     memory: list[Memory]
     times: list[StageTime]
 
-    @property
-    def too_large(self) -> Memory | None:
-        return next((memory for memory in self.memory if memory.peak > self.limits[memory.role]), None)
+    def too_large(self, share: float = 1.0) -> Memory | None:
+        """The first role that wants more than this share of its limit."""
+        return next((memory for memory in self.memory if memory.peak > share * self.limits[memory.role]), None)
 
 
 def print_plan(config: Config) -> None:
@@ -51,17 +51,18 @@ def print_plan(config: Config) -> None:
     print(table(plan))
     print()
     print(rates_table(hardware))
-    _refuse_too_large(asked, plan)
+    _refuse(asked, plan, plan.too_large())
 
 
 def check_that_it_fits(config: Config) -> None:
-    """The same UserError, and nothing printed."""
+    """The same UserError where not even all of a card would do, and nothing printed."""
     asked = _Asked(config, _hardware(config.device.kind))
-    _refuse_too_large(asked, asked.plan(asked.layout))
+    plan = asked.plan(asked.layout)
+    _refuse(asked, plan, plan.too_large(1 / HEADROOM))
 
 
-def _refuse_too_large(asked: "_Asked", plan: Plan) -> None:
-    if memory := plan.too_large:
+def _refuse(asked: "_Asked", plan: Plan, memory: Memory | None) -> None:
+    if memory:
         raise UserError(
             f"{memory.role} needs {size(memory.peak)}iB of a card and {size(plan.limits[memory.role])}iB are there "
             f"({HEADROOM:.0%} of what is free when idle); {asked.way_out(memory)}"
@@ -114,18 +115,19 @@ class _Asked:
         return work, max(lens)
 
     def _with_packs_of(self, layout: Layout, section: str) -> Layout:
-        """The packs of a step of sft, npd or grpo; of another section than the layout's, none longer than the layout's.
+        """The packs of a step of sft, npd or grpo; shorter ones than configured if the layout's are.
 
         A step of a stream takes whole shards and one of GRPO whole groups, as many packs as they fill.
         """
         config = self._config
         stage = getattr(config, section)
-        tokens = layout.pack_tokens if section == layout.section else min(stage.pack_tokens, layout.pack_tokens)
+        tokens = layout.pack_tokens if section == layout.section else stage.pack_tokens
+        if layout.pack_tokens < self.layout.pack_tokens:
+            tokens = min(tokens, layout.pack_tokens)
         if section == "grpo":
-            packs = stage.groups_per_step * stage.group_size * self._grpo_work.mean.tokens / stage.pack_tokens
+            packs = stage.groups_per_step * stage.group_size * self._grpo_work.mean.tokens / tokens
         elif section == "npd" and stage.stream:
-            packs = stage.stream.shards_per_step * config.rollout.batch_size * self._work.mean.tokens
-            packs /= stage.pack_tokens
+            packs = stage.stream.shards_per_step * config.rollout.batch_size * self._work.mean.tokens / tokens
         else:
             packs = stage.packs_per_step
         return replace(layout, pack_tokens=tokens, packs_per_rank=math.ceil(packs / layout.dp))
@@ -134,7 +136,8 @@ class _Asked:
         config, hardware = self._config, self._hardware
         limit = int(HEADROOM * (hardware.memory.value - hardware.idle.value))
         ranks, processes = layout.tp * layout.dp, config.processes
-        sharing = {"rollout": processes.rollout, "teacher": processes.teacher} if hardware.shared else {}
+        sharing = {"rollout": processes.rollout, "teacher": processes.teacher, "grpo-rollout": processes.rollout}
+        sharing = sharing if hardware.shared else {}
         others = ranks if hardware.shared else 1
         memory, times = [], []
         if config.sft:

@@ -56,7 +56,7 @@ class VllmEngine:
 
     max_model_len: tokens of the longest prompt with its answer. kv_cache_gib: memory for keys and values, taken at
     once; what does not fit waits. eager: vLLM compiles nothing, so it starts sooner and answers more slowly.
-    device_backend: vLLM's, for weights that come from device to device.
+    device_backend: vLLM's, for weights that come from device to device. section: of the settings, which errors name.
     """
 
     def __init__(
@@ -69,10 +69,11 @@ class VllmEngine:
         kv_cache_gib: float,
         eager: bool = True,
         device_backend: str | None = None,
+        section: str = "rollout",
     ):
         self._dtype, self._eos_id, self._vocab_size = dtype, eos_id, vocab_size
         self._max_model_len, self._kv_cache_bytes = max_model_len, int(kv_cache_gib * 2**30)
-        self._eager, self._device_backend = eager, device_backend
+        self._eager, self._device_backend, self._section = eager, device_backend, section
         self._group: DeviceGroupInfo | None = None  # that its ranks have joined last
         self._llm: Any = None
         self._torn = False  # a load from device to device was begun and has not ended
@@ -99,7 +100,7 @@ class VllmEngine:
             if self._max_model_len > config.max_position:
                 raise UserError(
                     f"{folder}/config.json: the longest prompt and its answer are {self._max_model_len} tokens, "
-                    f"max_position_embeddings is {config.max_position}; lower rollout.max_new_tokens"
+                    f"max_position_embeddings is {config.max_position}; ask for shorter answers"
                 )
             self._llm = start_llm(
                 folder,
@@ -108,6 +109,7 @@ class VllmEngine:
                 kv_cache_bytes=self._kv_cache_bytes,
                 eager=self._eager,
                 device_backend=self._device_backend,
+                section=self._section,
             )
             self._config, self._shapes = config, _hf_shapes(config)
             return

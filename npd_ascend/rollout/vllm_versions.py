@@ -44,14 +44,15 @@ def start_llm(
     kv_cache_bytes: int,
     eager: bool = True,
     device_backend: str | None = None,
+    section: str = "rollout",
 ) -> Any:
     """A vllm.LLM in this process that takes token ids. UserError if vLLM cannot be imported or refuses the model.
 
     max_model_len: tokens of the longest prompt with its answer. kv_cache_bytes: reserved at once. eager: not compiled,
     and on a card no graphs. device_backend: of vLLM's own for weights from the trainer's device; None: they come
-    through host memory.
+    through host memory. section: of the configuration, which errors name.
     """
-    require_vllm()
+    require_vllm(f"{section}.engine")
     os.environ.update(_ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
@@ -60,7 +61,7 @@ def start_llm(
 
         from npd_ascend.rollout.vllm_gloo import BACKEND
     except (ImportError, OSError) as error:
-        raise UserError(f"rollout.engine=vllm, but vllm cannot be imported ({_line(error)}); {_WAY_OUT}") from None
+        raise UserError(f"{section}.engine=vllm, but vllm cannot be imported ({_line(error)}); {_WAY_OUT}") from None
     _know_pangu()
     if torch.cpu._is_amx_tile_supported():
         # vLLM's bfloat16 attention uses AMX tiles; the kernel kills a process that has not asked for them (SIGILL)
@@ -89,8 +90,8 @@ def start_llm(
     except ValueError as error:
         raise UserError(
             f"{folder}: vLLM refuses the model with max_model_len={max_model_len} and "
-            f"{kv_cache_bytes / 2**30:.3g} GiB of KV cache: {_line(error)}. Lower rollout.max_new_tokens, raise "
-            f"rollout.kv_cache_gib or set rollout.engine: hf"
+            f"{kv_cache_bytes / 2**30:.3g} GiB of KV cache: {_line(error)}. Ask for shorter answers, raise "
+            f"{section}.kv_cache_gib or set {section}.engine: hf"
         ) from None
 
 

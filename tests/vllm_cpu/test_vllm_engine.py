@@ -266,7 +266,7 @@ def test_bfloat16_runs_on_a_tiny_model(tmp_path):
     ("changes", "said"),
     [
         ({"kv_cache_gib": 1e-5}, "raise rollout.kv_cache_gib"),
-        ({"max_model_len": 600}, "max_position_embeddings is 512; lower rollout.max_new_tokens"),
+        ({"max_model_len": 600}, "max_position_embeddings is 512; ask for shorter answers"),
     ],
 )
 def test_what_vllm_cannot_hold_is_told_in_one_line(tmp_path, changes, said):
