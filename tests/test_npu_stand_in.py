@@ -85,12 +85,21 @@ except RuntimeError as error:
     assert "tensors of two devices, npu and cpu" in python(environment, "-c", code, CONFIGS / "addition" / "teacher")
 
 
-def test_a_rank_uses_its_own_card_and_no_other(environment):
+def test_a_rank_uses_its_own_card_and_no_other(environment, tmp_path):
+    """Nor does the thread that writes its checkpoints."""
     code = """
+import sys
+from pathlib import Path
+
 import torch
+from npd_ascend.checkpoint import Checkpoints, Rectangle
 from npd_ascend.device import open_device
 
 device = open_device("npu", 0)
-print(device, torch.zeros(2, device=device).device, torch.npu.current_device())
+values = torch.zeros(2, device=device)
+checkpoints = Checkpoints(Path(sys.argv[1]))
+checkpoints.save({"step": 1}, [Rectangle("x", (0,), (2,), values)])
+checkpoints.wait()
+print(device, values.device, torch.npu.current_device(), torch.npu.Stream.streams)
 """
-    assert python(environment | {"LOCAL_RANK": "3"}, "-c", code).split() == ["npu:3", "npu:3", "3"]
+    assert python(environment | {"LOCAL_RANK": "3"}, "-c", code, tmp_path).split() == ["npu:3", "npu:3", "3", "{3}"]

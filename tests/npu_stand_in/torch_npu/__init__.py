@@ -4,9 +4,11 @@ Nothing of torch-npu is in it, and it shows no more of an NPU than this: every t
 has to be, and every process uses the card that it was given.
 """
 
+import contextlib
 import importlib.util
 import os
 import types
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +31,24 @@ npu.device_count = lambda: _device.cards
 npu.is_available = npu.is_initialized = lambda: True
 npu.current_device = _device.current_device
 npu.set_device = _set_device
+
+
+class _Stream:
+    """Nothing waits. streams: the cards on which one was asked for."""
+
+    streams: ClassVar[set[int]] = set()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _current_stream() -> _Stream:
+    _Stream.streams.add(_device.current_device())
+    return _stream
+
+
+_stream = _Stream()
+npu.current_stream, npu.stream, npu.Stream = _current_stream, contextlib.nullcontext, _Stream
 npu.synchronize = lambda device=None: None
 npu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 npu._is_in_bad_fork = lambda: False
