@@ -119,7 +119,7 @@ def _do(sweep: SweepConfig, run: _Run) -> None:
         before = output.tell()  # of an earlier attempt
         done = subprocess.run(command, stdout=output, stderr=output, check=False, preexec_fn=die_with_parent)
     if done.returncode:
-        lines = log.read_text()[before:].strip().splitlines()
+        lines = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
         said = [line for line in lines if line.startswith("npd ")] or lines  # the reason, in one line
         reason = f"exit code {done.returncode}" + (f", {said[-1]}" if said else "")
         raise UserError(f"variant {run.variant!r}, seed {run.seed}: {reason}; see {log}")

@@ -82,8 +82,9 @@ class VllmEngine:
 
     def close(self) -> None:
         """Give the memory back; load_weights starts another vLLM."""
-        if self._llm is not None:
-            stop_llm(self._llm)
+        if self._llm is None:
+            return
+        stop_llm(self._llm)
         self._llm, self._torn = None, False
         free_memory()
 
