@@ -48,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, mesh: Mesh = ALONE):
         self.folder, self._mesh = folder, replace(mesh, host_group=mesh.checkpoint_group)
-        self._thread = ThreadPoolExecutor(1, "checkpoint", _on_card, (_current_card(),))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
     def save(self, cursor: dict[str, int], rectangles: Iterable[Rectangle]) -> None:
@@ -97,10 +97,14 @@ class Checkpoints:
         first = self._mesh.rank == 0
         with commit_folder(path) if first else nullcontext(self._mesh_draft(path)) as draft:
             self._mesh.barrier()  # the draft is there
+            writer = dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True)
+            # all is on the CPU by now; to copy ahead it would ask for a stream of the accelerator, which in this thread
+            # is the first card for every rank, and open it
+            writer.per_thread_copy_ahead = 0
             try:
                 dcp.save(
                     {chunk.name: chunk for chunk in chunks},
-                    storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True),
+                    storage_writer=writer,
                     planner=_SavePlanner(),
                     process_group=self._mesh.host_group,
                     no_dist=self._mesh.host_group is None,
@@ -134,17 +138,6 @@ class Checkpoints:
             shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
             path.rename(path.with_name(f"damaged-{path.name}"))
         return None
-
-
-def _current_card() -> int | None:
-    return torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
-
-
-def _on_card(index: int | None) -> None:
-    """Of this thread: torch.distributed.checkpoint asks for a stream, though all it gets is on the CPU, and a thread
-    opens the first card for it if it is not told another."""
-    if index is not None:
-        torch.accelerator.set_device_index(index)
 
 
 def _by_name(rectangles: Iterable[Rectangle]) -> Iterable[tuple[str, list[Rectangle]]]:

@@ -115,21 +115,23 @@ def _number(process: Process) -> int:
 def place(config: Config, group: Sequence[Process], cards: Sequence[str]) -> dict[str, dict[str, str]]:
     """Process name -> what its environment says of its cards. UserError if there are too few.
 
-    cards: those of this host, empty on a CPU. A worker that Ray places gets its cards from Ray.
+    cards: those of this host; on a CPU there are none to share. A worker that Ray places gets its cards from Ray.
     """
-    if not cards:
+    if config.device.kind == "cpu":
         return {process.name: {} for process in group}
     mine = [process for process in group if not (config.processes.ray and process.needs)]
     wanted = sum(process.cards for process in mine)
     if wanted > len(cards):
         parts = ", ".join(f"{process.name} {process.cards}" for process in mine)
+        here = f"{len(cards)} are here ({', '.join(cards)})" if cards else "no driver's file of one is in /dev"
+        (variable,) = card_environment(config.device.kind, [])
         raise UserError(
-            f"{wanted} cards are wanted side by side ({parts}) and {len(cards)} are here ({', '.join(cards)}); lower "
-            f"parallel.tp x parallel.dp, processes.rollout or processes.teacher"
+            f"{wanted} cards are wanted side by side ({parts}) and {here}; lower parallel.tp x parallel.dp, "
+            f"processes.rollout or processes.teacher, or name those to use in {variable}"
         )
     left = list(cards)
     placed: dict[str, dict[str, str]] = {process.name: {} for process in group}
-    for process in mine:
+    for process in (process for process in mine if process.cards):
         placed[process.name] = card_environment(config.device.kind, left[: process.cards])
         del left[: process.cards]
     return placed
@@ -173,7 +175,7 @@ def _listing(config: Config, node: Node) -> list[str]:
         # a machine without cards shows what one with enough of them would do
         most = sum(process.cards for process in group)
         cards = visible_cards(config.device.kind) or [str(card) for card in range(most)]
-        placed = place(config, group, cards if config.device.kind != "cpu" else [])
+        placed = place(config, group, cards)
         lines.append(f"{number}." + (" side by side" if len(group) > 1 else "" if group else " nothing here"))
         for process in group:
             words = [f"{key}={value}" for key, value in placed[process.name].items()]

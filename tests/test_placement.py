@@ -58,7 +58,9 @@ def test_what_runs_side_by_side_shares_no_card():
     assert names(live) == ["distill", "rollout-0", "rollout-1", "rollout-2", "score"]
     placed = [environment["ASCEND_RT_VISIBLE_DEVICES"] for environment in place(config, live, CARDS).values()]
     assert placed == ["0,1,2,3", "4", "5", "6", "7"]
-    assert place(config, live, []) == {key: {} for key in names(live)}  # a CPU has none to share
+    assert place(load_config(ADDITION, STREAM), live, []) == {key: {} for key in names(live)}  # a CPU has none to share
+    with pytest.raises(UserError, match=r"and no driver's file of one is in /dev; .*in ASCEND_RT_VISIBLE_DEVICES$"):
+        place(config, live, [])  # all would open the first
 
 
 @pytest.mark.parametrize(
