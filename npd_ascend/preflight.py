@@ -49,7 +49,7 @@ def check_run(config: Config) -> str:
     if reason := refusal(student, config.parallel.tp):
         raise UserError(f"{config.student.path}/config.json: {reason}; choose another parallel.tp")
     if config.device.kind == NPU:  # on a CPU a run that is too large ends in swap or by SIGKILL, and is told so
-        check_that_it_fits(config)
+        check_that_it_fits(config, _roles_to_do(config, tokenizer))
     if config.student.init == "pretrained":
         _check_weights(config.student.path)
     if config.teacher:
@@ -71,6 +71,22 @@ def check_run(config: Config) -> str:
     if config.npd and not Stream(config.run.folder / "stream").entries("scores", 0):
         lines.append(_check_teacher(config, tokenizer, heldout))
     return "\n".join(lines)
+
+
+def _roles_to_do(config: Config, tokenizer: ChatTokenizer) -> set[str]:
+    """Those of the plan that start a process yet: a replay generates nothing, a resumed run has done some."""
+    run, roles = RunFolder(config), set()
+    if config.sft and not run.has_trained("sft"):
+        roles.add("sft")
+    if config.npd and not run.has_trained("npd"):
+        if config.npd.stream:
+            answered = len(run.stream.shards("decisions")) == len(wanted_shards(config, tokenizer))
+        else:
+            answered = all(run.stream.is_decided(phase.number) for phase in config.npd.phases)
+        roles |= {"distill"} if answered else {"rollout", "teacher", "distill"}
+    if config.grpo and not run.has_trained("grpo"):
+        roles |= {"grpo-rollout", "grpo"}
+    return roles
 
 
 def _check_teacher(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) -> str:

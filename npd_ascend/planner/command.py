@@ -1,7 +1,7 @@
 """The plan of a run as a table, and the layout that fits where the configured one does not."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,10 +37,6 @@ class Plan:
     memory: list[Memory]
     times: list[StageTime]
 
-    def too_large(self, share: float = 1.0) -> Memory | None:
-        """The first role that wants more than this share of its limit."""
-        return next((memory for memory in self.memory if memory.peak > share * self.limits[memory.role]), None)
-
 
 def print_plan(config: Config) -> None:
     """Print memory, time and rates of a run. UserError names what does not fit, and what would."""
@@ -51,22 +47,25 @@ def print_plan(config: Config) -> None:
     print(table(plan))
     print()
     print(rates_table(hardware))
-    _refuse(asked, plan, plan.too_large())
+    _refuse_too_large(asked, plan, HEADROOM)
 
 
-def check_that_it_fits(config: Config) -> None:
-    """The same UserError where not even all of a card would do, and nothing printed."""
+def check_that_it_fits(config: Config, roles: Container[str]) -> None:
+    """The same UserError where not even all of a card would do for one of these roles, and nothing printed."""
     asked = _Asked(config, _hardware(config.device.kind))
     plan = asked.plan(asked.layout)
-    _refuse(asked, plan, plan.too_large(1 / HEADROOM))
+    _refuse_too_large(asked, replace(plan, memory=[one for one in plan.memory if one.role in roles]), 1.0)
 
 
-def _refuse(asked: "_Asked", plan: Plan, memory: Memory | None) -> None:
-    if memory:
-        raise UserError(
-            f"{memory.role} needs {size(memory.peak)}iB of a card and {size(plan.limits[memory.role])}iB are there "
-            f"({HEADROOM:.0%} of what is free when idle); {asked.way_out(memory)}"
-        )
+def _refuse_too_large(asked: "_Asked", plan: Plan, share: float) -> None:
+    """share: of what is free of a card; the limits of the plan are HEADROOM of it."""
+    for memory in plan.memory:
+        limit = plan.limits[memory.role] * share / HEADROOM
+        if memory.peak > limit:
+            raise UserError(
+                f"{memory.role} needs {size(memory.peak)}iB of a card and {size(limit)}iB are there "
+                f"({share:.0%} of what is free when idle); {asked.way_out(memory)}"
+            )
 
 
 def _hardware(kind: str) -> Hardware:
