@@ -178,9 +178,9 @@ def _run(args: argparse.Namespace) -> int:
 
     with open_nodes(config) as nodes:
         run = enter_run(config)
-        _log_of(run, args)
         place = ["--run", str(args.run)] if args.run else ["--config", str(args.config), *args.overrides]
         with working_on(run, _name(args)):
+            _log_of(run, args)  # one that waits has none that the other might take away
             return run_recipe(run, nodes, place)
 
 

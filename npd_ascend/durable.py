@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -84,16 +85,26 @@ def append_line(path: Path, line: str, *, durable: bool = True) -> None:
 @contextmanager
 def only_process(path: Path, refusal: str) -> Iterator[None]:
     """Hold a lock on the file; UserError(refusal) if a living process has it. The lock dies with its owner."""
-    with path.open("w") as file:
-        for _ in range(20):  # a killed predecessor may take a moment to be gone
+    for _ in range(20):  # a killed predecessor may take a moment to be gone
+        make_folder(path.parent)
+        with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 time.sleep(0.25)
-        else:
-            raise UserError(refusal)
-        yield
+                continue
+            # its last owner may have removed it on leaving, and a lock on a removed file keeps nobody out
+            if _stands_at(path, file):
+                yield
+                return
+    raise UserError(refusal)
+
+
+def _stands_at(path: Path, file: IO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def keep_first(path: Path, text: str) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from conftest import CONFIGS
 
 from npd_ascend.config import load_config
-from npd_ascend.durable import commit_file, commit_folder, keep_first
+from npd_ascend.durable import commit_file, commit_folder, keep_first, only_process
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog, read_metrics
 from npd_ascend.records import Decision, Rollout, Score, sample_id
@@ -207,6 +208,29 @@ def test_the_first_of_two_who_both_saw_nothing_stands(tmp_path):
             return found
 
     assert keep_first(Overtaken(tmp_path / "kept"), "second") == "first"
+
+
+def test_a_lock_that_its_owner_took_away_keeps_out_who_comes_after_who_waited(tmp_path):
+    lock, held, done = tmp_path / "logs" / "run.lock", threading.Event(), threading.Event()
+
+    def wait_for_it():
+        with only_process(lock, "busy"):
+            held.set()
+            done.wait()
+
+    with only_process(lock, "busy"):
+        waiting = threading.Thread(target=wait_for_it)
+        waiting.start()
+        assert not held.wait(1)
+        lock.unlink()
+        lock.parent.rmdir()
+    assert held.wait(30)
+    try:
+        with pytest.raises(UserError, match="busy"), only_process(lock, "busy"):
+            pass
+    finally:
+        done.set()
+        waiting.join()
 
 
 def _fail_half_way(draft):
