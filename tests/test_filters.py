@@ -1,12 +1,13 @@
 """Δ-IFD and the free filters on numbers worked by hand; every rollout gets exactly one reason."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 from test_stream import rollout, score
 
-from npd_ascend.config import FilterConfig
+from npd_ascend.config import Config, FilterConfig
 from npd_ascend.filters import REASONS, decide, free_reasons
 from npd_ascend.filters.ifd import ifd, ifd_reason
 from npd_ascend.filters.simple import repetition
@@ -83,6 +84,16 @@ def test_every_rollout_gets_one_decision_and_the_heldout_is_never_trained_on():
     decisions = decide(rows, scores, {"p2/v0/0": "truncated"}, FilterConfig())
     assert [d.reason for d in decisions] == ["kept", "heldout", "truncated"]
     assert [d.ifd_delta for d in decisions] == [0.25, 0.25, None]
+
+
+def test_every_reason_names_the_setting_that_another_run_would_change():
+    schema = Config.model_json_schema()["$defs"]
+    sections = {"filters": "FilterConfig", "npd": "NpdConfig", "rollout": "RolloutConfig"}
+    for reason in REASONS.keys() - {"heldout", "kept"}:
+        named = re.findall(r"\b(filters|npd|rollout)\.(\w+)", REASONS[reason])
+        assert named, reason
+        for section, key in named:
+            assert key in schema[sections[section]]["properties"], reason
 
 
 def test_repetition_counts_repeated_eight_grams():

@@ -11,15 +11,15 @@ from npd_ascend.records import Decision, Rollout, Score
 
 __all__ = ["REASONS", "decide", "free_reasons", "upper_limit"]
 
-# Every reason a decision can carry, in the order in which they are tried.
+# Every reason a decision can carry, in the order in which they are tried, with the setting that it hangs on.
 REASONS = {
     "heldout": "held-out prompt: evaluated, never trained on",
     "truncated": "cut at max_new_tokens (filters.drop_truncated)",
     "too_short": "fewer than filters.min_answer_tokens",
     "too_long": "more than filters.max_tokens, or than npd.pack_tokens",
     "repetition": "repeats itself above filters.max_repetition",
-    "duplicate": "same answer to the same prompt stands earlier",
-    "ifd_undefined": "s(y) is zero or a score is not finite",
+    "duplicate": "same answer to the same prompt stands earlier; rollout.temperature tells answers apart",
+    "ifd_undefined": "s(y) is zero or a score is not finite; filters.ifd_form: perplexity divides by no s(y)",
     "ifd_below_zero": "Δ-IFD < 0, the student is less sure of its own answer than the teacher: filters.drop_below_zero",
     "ifd_above_tau": "Δ-IFD above the limit of filters.tau: sure student, surprised teacher",
     "kept": "trained on",
