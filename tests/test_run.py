@@ -336,9 +336,21 @@ def test_what_is_done_already_adds_no_seconds(reference, tmp_path):
         assert done.returncode == 0, done.stderr
         assert (run / "logs" / "stages.jsonl").read_text() == stages, name
     scores = json.loads((run / "evaluations.json").read_text())
+    assert {score["engine"] for score in scores.values()} == {"hf"}
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(scores)
     assert f"sft       {scores['sft']['exact_match']:.3f} ± " in done.stdout
     assert stage_on("report", run).stdout.splitlines()[-1] == f"report: {run / 'report.html'}"
+
+
+def test_an_evaluation_without_reference_answers_is_done_once(tmp_path):
+    file = tmp_path / "heldout.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}+{n}"}) + "\n" for n in range(900, 920)))
+    heldout = f"data.heldout={{kind: jsonl, path: {file}, count: 20}}"
+    assert stage("eval", tmp_path / "run", heldout).returncode == 0
+    assert json.loads((tmp_path / "run" / "evaluations.json").read_text()) == {}
+    stages = (tmp_path / "run" / "logs" / "stages.jsonl").read_text()
+    assert stage_on("eval", tmp_path / "run").returncode == 0
+    assert (tmp_path / "run" / "logs" / "stages.jsonl").read_text() == stages
 
 
 def _mounted(folder: Path, size: str) -> bool:

@@ -28,19 +28,20 @@ def run_evaluations(run: RunFolder) -> bool:
     Names: start, sft, npd, grpo, teacher. Without reference answers in data.heldout there is nothing to match
     and the file is an empty object.
     """
-    done = json.loads(run.evaluations.read_text()) if run.evaluations.exists() else {}
-    if done and not set(models(run)) - done.keys():
+    known = run.evaluations.exists()
+    done = json.loads(run.evaluations.read_text()) if known else {}
+    missing = [name for name in models(run) if name not in done]
+    if known and not missing:
         return False
     tokenizer = run.tokenizer()
     heldout = read_heldout(run.config, tokenizer, run.config.evaluate.max_new_tokens)
     prompts = [prompt for prompt in heldout if prompt.answer is not None]
-    for name in models(run) if prompts else []:
-        if name in done:
-            continue
+    if not prompts:
+        _save(run, done)
+        return not known
+    for name in missing:
         with tempfile.TemporaryDirectory() as scratch:
             done[name] = exact_match(run.config, _folder(run, name, Path(scratch)), tokenizer, prompts, name)
-        _save(run, done)
-    if not run.evaluations.exists():
         _save(run, done)
     return True
 
@@ -55,7 +56,7 @@ def models(run: RunFolder) -> list[str]:
 
 
 def exact_match(config: Config, folder: Path, tokenizer: ChatTokenizer, prompts: list[Prompt], name: str) -> dict:
-    """Share of greedy answers that equal the reference, and its standard error."""
+    """Share of greedy answers that equal the reference, its standard error, and the engine that gave the answers."""
     with _engine(config, tokenizer, max(len(prompt.token_ids) for prompt in prompts)) as engine:
         engine.load_weights(folder)
         right = _count_right(config, engine, tokenizer, prompts, name)
@@ -64,6 +65,7 @@ def exact_match(config: Config, folder: Path, tokenizer: ChatTokenizer, prompts:
         "exact_match": share,
         "standard_error": math.sqrt(share * (1 - share) / len(prompts)),
         "prompts": len(prompts),
+        "engine": config.evaluate.engine,
     }
 
 
