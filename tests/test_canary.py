@@ -141,6 +141,8 @@ def test_other_rows_than_the_runs_end_whoever_finds_them(tmp_path, capsys):
         assert f"{file}: data.prompts: its rows are not those that this run began with" in capsys.readouterr().err
     assert not (run / "stream" / "manifest.jsonl").exists()
     as_file(file, [*rows, {"prompt": "999+1"}])  # behind those that are taken
+    kept = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(kept | {"problems": "0" * 64}))  # of a stage that this run has not
     assert main(["rollout", "--run", str(run)]) == 0
 
 

@@ -146,6 +146,13 @@ def test_a_key_that_stands_twice_is_told_with_its_line(tmp_path):
         load_config(file)
 
 
+def test_a_mapping_as_a_key_is_told_with_its_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run:\n  {name: x}: 2\n")
+    with pytest.raises(UserError, match=r"c.yaml: not YAML: .*unhashable.*line 2"):
+        load_config(file)
+
+
 def test_a_key_may_take_the_place_of_one_from_an_anchor(tmp_path):
     class Two(BaseModel):
         a: dict[str, int]

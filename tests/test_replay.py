@@ -1,5 +1,6 @@
 """npd replay on real runs: the recorded student's bits, or those of the run that it stands for."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -13,9 +14,11 @@ from conftest import CONFIGS
 
 from npd_ascend.config import load_config
 from npd_ascend.config_file import load_yaml
+from npd_ascend.preflight import _roles_to_do
 from npd_ascend.replay import open_replay, plan_replay
 from npd_ascend.runfolder import reopen_run
 from npd_ascend.sweep import SweepConfig
+from npd_ascend.tokenizer import ChatTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -93,11 +96,24 @@ def test_unchanged_it_is_the_same_student_and_nothing_is_made_again(cycle, tmp_p
     assert (tmp_path / "replay" / "report.html").exists()
 
 
+def test_only_what_is_left_to_do_has_to_fit(cycle, tmp_path):
+    recorded = reopen_run(cycle).config
+    open_replay(cycle, tmp_path / "replay", [])
+    replayed = reopen_run(tmp_path / "replay").config
+    new = recorded.model_copy(update={"run": recorded.run.model_copy(update={"folder": tmp_path / "new"})})
+    tokenizer = ChatTokenizer(recorded.student.path)
+    assert _roles_to_do(new, tokenizer) == {"sft", "rollout", "teacher", "distill"}
+    assert _roles_to_do(replayed, tokenizer) == {"distill"}
+    assert _roles_to_do(recorded, tokenizer) == set()
+
+
 def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
     live = ["npd.stream={publish_every: 2, max_lag: 1}", "npd.refresh_after=[]"]
     recorded = tmp_path / "run"
     done = npd("run", "--config", CONFIGS / "addition_cpu.yaml", f"run.folder={recorded}", *SMALL, *live)
     assert done.returncode == 0, done.stderr
+    config = open_replay(recorded, tmp_path / "replay", []).config
+    assert _roles_to_do(config, ChatTokenizer(config.student.path)) == {"distill"}
     assert weights(retrain(recorded, tmp_path / "replay")) == weights(recorded)
     for override in ("npd.epochs=1", "run.seed=5"):  # other shards, and shards of other prompts
         said = refused("replay", "--run", recorded, tmp_path / "more", override)
@@ -225,6 +241,21 @@ def test_a_sweep_is_its_replays_in_one_table(one_set, tmp_path):
 def test_a_sweep_with_a_mistake_does_not_begin(one_set, tmp_path, variants, said):
     assert said in refused("sweep", sweep_file(tmp_path, one_set, variants))
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_variant_that_fails_is_told_with_its_own_reason(one_set, tmp_path):
+    """Of the attempt before stands more in the log than a count of its letters would skip."""
+    file = sweep_file(tmp_path, one_set, {"as recorded": []})
+    log = tmp_path / "sweep" / "as-recorded-seed0.log"
+    log.parent.mkdir()
+    log.write_text("npd replay: an old reason\n" + "█" * 4000 + "\n")
+    # somebody else is at work in its folder
+    open_replay(one_set, tmp_path / "sweep" / "as-recorded-seed0", ["run.seed=0"])
+    with (tmp_path / "sweep" / "as-recorded-seed0" / "logs" / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = refused("sweep", file)
+    assert "variant 'as recorded', seed 0: exit code 2, npd run: " in said
+    assert "another `npd run` is working on this run" in said
 
 
 def test_a_sweep_of_whole_runs(tmp_path):
