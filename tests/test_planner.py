@@ -23,7 +23,7 @@ from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.plan import cut_model
 from npd_ascend.planner.command import _Asked
 from npd_ascend.planner.layer import Live, count_layer, silent_mesh
-from npd_ascend.planner.memory import Layout, rollout_memory, teacher_memory, trainer_memory
+from npd_ascend.planner.memory import Layout, beside_reference, rollout_memory, teacher_memory, trainer_memory
 from npd_ascend.planner.rates import ASCEND, this_host
 from npd_ascend.planner.timing import Samples, Workload, cycle, decode_tokens_per_s, step_seconds
 
@@ -62,24 +62,30 @@ CASES = [
     (TIED, "float32", 1024, "off", 1),
     (TIED, "bfloat16", 512, "selective", 1),
     (UNTIED, "float32", 512, "full", 2),
+    (TIED, "float32", 512, "off", 2, "grpo"),
 ]
 
 
-def _planned(config, dtype, pack_tokens, recompute, packs):
+def _planned(config, dtype, pack_tokens, recompute, packs, grpo=""):
     layout = Layout(
         tp=1, dp=1, sequence_parallel=False, recompute=recompute, pack_tokens=pack_tokens, packs_per_rank=packs
     )
     answers = pack_tokens * 3 // 4  # of measured_step.py's samples
-    return trainer_memory("distill", config, layout, DTYPES[dtype], device="cpu", answer_tokens=answers)
+    memory = trainer_memory("distill", config, layout, DTYPES[dtype], device="cpu", answer_tokens=answers)
+    return beside_reference(memory) if grpo else memory
 
 
 @pytest.mark.parametrize(
     "case", CASES, ids=lambda case: f"{case[0].num_parameters // 10**6}M {' '.join(map(str, case[1:]))}"
 )
 def test_within_15_percent_of_real_steps(case):
-    config, dtype, pack_tokens, recompute, packs = case
+    config, dtype, pack_tokens, recompute, packs, *grpo = case
     keys = {"config": config.__dict__, "dtype": dtype, "pack_tokens": pack_tokens, "recompute": recompute}
-    command = [sys.executable, str(ROOT / "tests" / "measured_step.py"), json.dumps(keys | {"packs": packs})]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "measured_step.py"),
+        json.dumps(keys | {"packs": packs, "grpo": bool(grpo)}),
+    ]
     # freed memory goes back to the system at once, so that the process holds what is alive
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
@@ -94,7 +100,8 @@ def test_within_15_percent_of_real_steps(case):
         planned.step - planned.gradients,
         planned.step + planned.checkpoint,
         _planned(replace(config, num_layers=config.num_layers * 3 // 2), *case[1:]).step,
-        _planned(config, dtype, 2 * pack_tokens, "off", packs).step,
+        _planned(config, dtype, 2 * pack_tokens, "off", packs, *grpo).step,
+        *([_planned(*case[:5]).step] if grpo else []),  # without the reference
     ):
         assert wrong != pytest.approx(measured["step"], rel=0.15)
     assert planned.checkpoint * 2 / 3 != pytest.approx(measured["checkpoint"], rel=0.15)

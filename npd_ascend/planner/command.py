@@ -16,6 +16,7 @@ from npd_ascend.planner.memory import (
     VLLM_REQUESTS,
     Layout,
     Memory,
+    beside_reference,
     rollout_memory,
     teacher_memory,
     trainer_memory,
@@ -200,9 +201,8 @@ class _Asked:
 
     def _grpo_memory(self, layout: Layout) -> list[Memory]:
         trainer = self._trainer("grpo", layout, int(self._grpo_work.mean.answer_share * layout.pack_tokens))
-        if self._config.grpo.kl_weight:  # the student that the stage starts from stays beside it
-            weights = trainer.weights
-            trainer = replace(trainer, weights=2 * weights, step=trainer.step + weights, peak=trainer.peak + weights)
+        if self._config.grpo.kl_weight:
+            trainer = beside_reference(trainer)
         return [self._rollout("grpo-rollout", self._longest_problem), trainer]
 
     def _grpo_times(self, layout: Layout) -> list[StageTime]:

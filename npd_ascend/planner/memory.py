@@ -8,7 +8,7 @@ The trainer's peak is the largest of four moments of a step, since activations g
     update     every gradient sum, and with replicas this one's rows of it a second time
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -131,6 +131,13 @@ def trainer_memory(
         step=step,
         # for a CPU the host's memory is the same
         peak=step + (checkpoint if device == "cpu" else 0),
+    )
+
+
+def beside_reference(memory: Memory) -> Memory:
+    """A trainer's with a second student of its type, whose weights alone it holds: for the KL of GRPO."""
+    return replace(
+        memory, weights=2 * memory.weights, step=memory.step + memory.weights, peak=memory.peak + memory.weights
     )
 
 
