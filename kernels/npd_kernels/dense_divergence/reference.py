@@ -34,8 +34,9 @@ def _whole(mine_TU: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tens
     """Logits over the whole vocabulary, differentiable in this rank's own columns."""
     if group is None:
         return mine_TU
-    widths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(widths, torch.tensor([mine_TU.shape[1]]), group=group)
+    width = torch.tensor([mine_TU.shape[1]], device=mine_TU.device)
+    widths = [torch.empty_like(width) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, width, group=group)
     padded = max(map(int, widths))
     sent = torch.nn.functional.pad(mine_TU.detach(), (0, padded - mine_TU.shape[1])).contiguous()
     parts = [torch.empty_like(sent) for _ in widths]

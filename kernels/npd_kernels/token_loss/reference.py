@@ -28,8 +28,10 @@ def token_loss(hidden_TD, weight_VD, target_ids_TK, target_weights_TK, token_wei
     return (token_weight_T.double() * loss_T).sum(), loss_T.detach()
 
 
-def _from_all(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _from_all(mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """[ranks, ...], differentiable in this rank's own slice."""
+    if group is None:  # for torch that would be all ranks there are
+        return mine[None]
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine.detach().contiguous(), group=group)
     parts[dist.get_rank(group)] = mine

@@ -1,7 +1,7 @@
 """torch_npu's name for a device that computes on the CPU: device.cpp, compiled to NPD_STAND_IN.
 
 Nothing of torch-npu is in it, and it shows no more of an NPU than this: every tensor of a run is on the device where it
-has to be, and every process uses the card that it was given.
+has to be, what ranks send each other too, and every process uses the card that it was given.
 """
 
 import contextlib
@@ -11,6 +11,9 @@ import types
 from typing import ClassVar
 
 import torch
+import torch.distributed
+
+from .hccl import Hccl
 
 _spec = importlib.util.spec_from_file_location("device", os.environ["NPD_STAND_IN"])
 _device = importlib.util.module_from_spec(_spec)
@@ -58,3 +61,6 @@ torch.utils.rename_privateuse1_backend("npu")
 _device.register_hooks()
 torch._register_device_module("npu", npu)
 torch.utils.generate_methods_for_privateuse1_backend()
+torch.distributed.Backend.register_backend(
+    "hccl", lambda options, _: Hccl(options, _device.as_host), extended_api=True, devices=["npu"]
+)

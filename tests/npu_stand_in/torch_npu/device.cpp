@@ -74,20 +74,17 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 bool on_device(const Tensor& tensor) { return tensor.defined() && tensor.device().type() == kNpu; }
 
-// The same memory, seen from the other side.
-Tensor as_host(const Tensor& tensor) {
-  auto options = tensor.options().device(c10::kCPU);
-  return at::from_blob(const_cast<void*>(tensor.const_data_ptr()), tensor.sizes(), tensor.strides(), options);
-}
-
-Tensor as_device(const Tensor& tensor, Device device) {
-  return at::for_blob(tensor.data_ptr(), tensor.sizes())
+// The same memory, seen from the other side, which keeps it.
+Tensor seen_from(Device device, const Tensor& tensor) {
+  return at::for_blob(const_cast<void*>(tensor.const_data_ptr()), tensor.sizes())
       .strides(tensor.strides())
       .deleter([held = tensor](void*) {})
       .options(tensor.options().device(device))
       .target_device(device)
       .make_tensor();
 }
+
+Tensor as_host(const Tensor& tensor) { return seen_from(c10::kCPU, tensor); }
 
 // The tensors of one call: to the host before the kernel, to the device after it.
 struct Crossing {
@@ -119,7 +116,7 @@ struct Crossing {
       }
       return original;
     }
-    return as_device(tensor, *device);
+    return seen_from(*device, tensor);
   }
 };
 
@@ -238,6 +235,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 PYBIND11_MODULE(device, m) {
   m.def("register_hooks", [] { at::RegisterPrivateUse1HooksInterface(new Hooks); });
+  m.def("as_host", as_host);
   m.def("current_device", [] { return current; });
   m.def("set_device", [](c10::DeviceIndex index) { current = index; });
   m.attr("cards") = static_cast<int>(kCards);

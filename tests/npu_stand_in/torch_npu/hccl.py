@@ -1,0 +1,31 @@
+"""HCCL's name for gloo on the memory of the stand-in: every collective that a trainer asks of its cards."""
+
+import torch
+import torch.distributed as dist
+
+
+class Hccl(dist.ProcessGroup):
+    def __init__(self, options, as_host):
+        super().__init__(options.group_rank, options.group_size)
+        self._gloo = dist.ProcessGroupGloo(
+            options.store, options.group_rank, options.group_size, timeout=options.timeout
+        )
+        self._as_host = as_host
+
+    def _seen_by_gloo(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "npu":
+            raise RuntimeError(f"hccl was given a tensor of {tensor.device}")
+        return self._as_host(tensor)
+
+    def allreduce(self, tensors, options):
+        return self._gloo.allreduce([self._seen_by_gloo(tensor) for tensor in tensors], options)
+
+    def all_gather_single(self, whole, rows, options):
+        return self._gloo._allgather_base(self._seen_by_gloo(whole), self._seen_by_gloo(rows), options)
+
+    def reduce_scatter_single(self, rows, whole, options):
+        return self._gloo._reduce_scatter_base(self._seen_by_gloo(rows), self._seen_by_gloo(whole), options)
+
+    def allgather(self, parts, tensors, options):
+        seen = [[self._seen_by_gloo(part) for part in of_one] for of_one in parts]
+        return self._gloo.allgather(seen, [self._seen_by_gloo(tensor) for tensor in tensors], options)
