@@ -1,14 +1,15 @@
 """Kills every kind of process of live runs at random, and counts what was lost: nothing may be.
 
-    python benchmarks/soak.py [--kills 50] [--seed N] [--ranks N] [--folder FOLDER] [key=value ...]
+    python benchmarks/soak.py [--stage npd|grpo] [--kills 50] [--seed N] [--ranks N] [--folder FOLDER] [key=value ...]
 
-Runs configs/addition_cpu.yaml with npd.stream (made small: 2 rollout and 2 teacher processes, a trainer of N
-tensor-parallel ranks) and what is overridden, and every few seconds SIGKILLs one of its processes, a single rank, or
-the supervisor, which takes all others along and is then typed again; runs follow each other until all kills are spent.
-No kind of process gets more than its share of a run's kills, else those that start first would get most of them. After
-each run:
+Runs configs/addition_cpu.yaml with npd.stream, or configs/addition_grpo.yaml (made small: 2 rollout and 2 teacher
+processes, or 2 that answer and one that rewards; a trainer of N tensor-parallel ranks) and what is overridden, and
+every few seconds SIGKILLs one of its processes, a single rank, or the supervisor, which takes all others along and is
+then typed again; runs follow each other until all kills are spent. No kind of process gets more than its share of a
+run's kills, else those that start first would get most of them. After each run:
 
-- every wanted sample was generated once and decided once, every kept one stands in one pack of one step;
+- every wanted sample was generated once and decided on or rewarded once, every one that says something stands in one
+  pack of one step;
 - no sample was trained on more than max_lag versions after the one that generated it;
 - a second trainer, given nothing but the stream and version 0, ends with the same bits.
 
@@ -30,32 +31,54 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from npd_ascend.pacing import open_pacing
+from npd_ascend.config import GrpoConfig
+from npd_ascend.pacing import open_grpo_pacing, open_pacing
 from npd_ascend.runfolder import RunFolder, reopen_run
 from npd_ascend.tokenizer import ChatTokenizer
 
-CONFIG = Path(__file__).parent.parent / "configs" / "addition_cpu.yaml"
-SETTINGS = [
-    "data.gold.count=200",
-    "data.prompts.count=1500",
-    "data.heldout.count=60",
-    "sft.epochs=4",
-    "npd.epochs=4",
-    "npd.refresh_after=[]",
-    "npd.pack_tokens=512",
-    "npd.checkpoint_every_steps=4",
-    "npd.stream={publish_every: 6, max_lag: 1}",
-    "rollout.batch_size=64",
-    "filters.tau=0.95",
-    "device.threads=1",
-    "processes={rollout: 2, teacher: 2, restarts: 50}",
-]
+CONFIGS = Path(__file__).parent.parent / "configs"
+BOTH = ["data.gold.count=200", "data.heldout.count=60", "device.threads=1"]
+SETTINGS = {
+    "npd": [
+        *("--config", str(CONFIGS / "addition_cpu.yaml"), *BOTH),
+        "data.prompts.count=1500",
+        "sft.epochs=4",
+        "npd.epochs=4",
+        "npd.refresh_after=[]",
+        "npd.pack_tokens=512",
+        "npd.checkpoint_every_steps=4",
+        "npd.stream={publish_every: 6, max_lag: 1}",
+        "rollout.batch_size=64",
+        "filters.tau=0.95",
+        "processes={rollout: 2, teacher: 2, restarts: 50}",
+    ],
+    "grpo": [
+        *("--config", str(CONFIGS / "addition_grpo.yaml"), *BOTH),
+        "sft.epochs=6",
+        "grpo.steps=60",
+        "grpo.groups_per_step=16",
+        "grpo.group_size=4",
+        "grpo.publish_every=4",
+        "grpo.max_lag=1",
+        "grpo.kl_weight=0.01",
+        "grpo.rewards={exact_match: 1, format: 0.5}",
+        "grpo.format='[0-9]{4}'",  # a few answers have it from the start, so that there is something to learn
+        "grpo.checkpoint_every_steps=4",
+        "rollout.batch_size=32",
+        "processes={rollout: 2, restarts: 50}",
+    ],
+}
 MOST_PER_RUN = 15
-ROLES = ("rollout", "score", "distill", "sft", "run", "rank")  # the last where the trainer has several
+ROLES = {  # the last where the trainer has several
+    "npd": ("rollout", "score", "distill", "sft", "run", "rank"),
+    "grpo": ("grpo-rollout", "grpo-reward", "grpo", "sft", "run", "rank"),
+}
+TRAINERS = ("sft", "distill", "grpo")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=SETTINGS, default="npd")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--ranks", type=int, default=1)
@@ -66,30 +89,38 @@ def main() -> int:
         folder, rng, left, number = args.folder or Path(temporary), random.Random(args.seed), args.kills, 0
         while left > 0:
             started, run = time.monotonic(), folder / f"run{number}"
-            roles = ROLES if args.ranks > 1 else [role for role in ROLES if role != "rank"]
-            settings = [f"parallel.tp={args.ranks}", *args.overrides]
+            roles = [role for role in ROLES[args.stage] if role != "rank" or args.ranks > 1]
+            settings = [*SETTINGS[args.stage], f"parallel.tp={args.ranks}", *args.overrides]
             kills = run_with_kills(run, settings, rng, min(MOST_PER_RUN, left), roles)
             left, number = left - kills.total(), number + 1
             faults = check(run)
-            row = {"run": number, "seed": args.seed, "kills": dict(kills), "left": left, "faults": faults}
+            row = {
+                "stage": args.stage,
+                "run": number,
+                "seed": args.seed,
+                "kills": dict(kills),
+                "left": left,
+                "faults": faults,
+            }
             print(json.dumps(row | {"seconds": round(time.monotonic() - started)}), flush=True)
             if faults:
                 return 1
     return 0
 
 
-def run_with_kills(run: Path, more: list[str], rng: random.Random, most: int, roles: Sequence[str]) -> Counter:
+def run_with_kills(run: Path, settings: list[str], rng: random.Random, most: int, roles: Sequence[str]) -> Counter:
     """The run to its end; what was killed on the way, by role."""
     kills: Counter = Counter()
     log = run.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with log.open("a") as output:
-            supervisor = subprocess.Popen(command(run, more), stdout=output, stderr=output)
+            supervisor = subprocess.Popen(command(run, settings), stdout=output, stderr=output)
         while supervisor.poll() is None and kills.total() < most:
             _sleep(supervisor, rng.uniform(0.5, 6))
             share = -(-most // len(roles))
-            if victim := _victim(supervisor.pid, rng, spared={role for role in kills if kills[role] >= share}):
+            wanted = {role for role in roles if kills[role] < share}
+            if victim := _victim(supervisor.pid, rng, wanted):
                 role, pid = victim
                 os.kill(pid, signal.SIGKILL)
                 kills[role] += 1
@@ -99,9 +130,8 @@ def run_with_kills(run: Path, more: list[str], rng: random.Random, most: int, ro
             raise SystemExit(f"npd run ended with {supervisor.returncode}; see {log}")
 
 
-def command(run: Path, more: list[str]) -> list[str]:
-    settings = [f"run.folder={run}", *SETTINGS, *more]
-    return [sys.executable, "-m", "npd_ascend", "run", "--config", str(CONFIG), *settings]
+def command(run: Path, settings: list[str]) -> list[str]:
+    return [sys.executable, "-m", "npd_ascend", "run", *settings, f"run.folder={run}"]
 
 
 def _sleep(process: subprocess.Popen, seconds: float) -> None:
@@ -109,8 +139,8 @@ def _sleep(process: subprocess.Popen, seconds: float) -> None:
         process.wait(seconds)
 
 
-def _victim(supervisor: int, rng: random.Random, spared: set[str]) -> tuple[str, int] | None:
-    """(role, pid), each role that is there as likely as the others but for those spared, evaluation and report."""
+def _victim(supervisor: int, rng: random.Random, wanted: set[str]) -> tuple[str, int] | None:
+    """(role, pid), each wanted role that is there as likely as the others; None before and after the stages."""
     found: dict[str, list[int]] = {"run": [supervisor]}
     for pid in _children(supervisor):
         try:
@@ -118,13 +148,13 @@ def _victim(supervisor: int, rng: random.Random, spared: set[str]) -> tuple[str,
         except FileNotFoundError:
             continue
         role = words[3] if len(words) > 3 else ""  # python -m npd_ascend ROLE
-        if role in ROLES:
+        if any(role in roles for roles in ROLES.values()):
             found.setdefault(role, []).append(pid)
-        if role in ("sft", "distill") and (ranks := _children(pid)):
+        if role in TRAINERS and (ranks := _children(pid)):
             found["rank"] = ranks
-    if len(found) == 1 or not found.keys() - spared:
+    if len(found) == 1 or not found.keys() & wanted:
         return None
-    role = rng.choice(sorted(found.keys() - spared))
+    role = rng.choice(sorted(found.keys() & wanted))
     return role, rng.choice(found[role])
 
 
@@ -136,19 +166,23 @@ def _children(pid: int) -> list[int]:
 def check(folder: Path) -> list[str]:
     """What is wrong with a run that ended."""
     run = reopen_run(folder)
-    return [*_lost_or_twice(run), *_too_old(run), *_other_bits_when_trained_again(run)]
+    part = run.for_grpo() if run.config.grpo else run
+    return [*_lost_or_twice(part), *_too_old(part), *_other_bits_when_trained_again(part)]
 
 
 def _lost_or_twice(run: RunFolder) -> list[str]:
-    pacing = open_pacing(run.config, ChatTokenizer(run.config.student.path))
+    """run: with the stream of NPD or of GRPO."""
+    tokenizer, grpo = ChatTokenizer(run.config.student.path), run.config.grpo
+    pacing = open_grpo_pacing(run.config, tokenizer) if grpo else open_pacing(run.config, tokenizer)
     wanted = [(prompt.prompt_id, index) for shard in pacing.shards for prompt, index in shard]
     kept, decided, generated = Counter(), Counter(), Counter()
     for shard, entry in run.stream.shards("rollouts").items():
         for rollout in run.stream.read_shard(entry):
             generated[(rollout.prompt_id, int(rollout.sample_id.rsplit("/", 1)[1]))] += 1
-        for decision in run.stream.read_shard(run.stream.shards("decisions")[shard]):
+        decisions = run.stream.read_shard(run.stream.shards("rewards" if grpo else "decisions")[shard])
+        for decision, trains in zip(decisions, _say_something(decisions, grpo), strict=True):
             decided[decision.sample_id] += 1
-            kept[decision.sample_id] += decision.kept
+            kept[decision.sample_id] += trains
     trained = Counter(name for step in _steps(run) for pack in step["packs"] for name in pack)
     faults = []
     if generated != Counter(wanted):
@@ -163,8 +197,17 @@ def _lost_or_twice(run: RunFolder) -> list[str]:
     return faults
 
 
+def _say_something(decisions: list, grpo: GrpoConfig | None) -> list[bool]:
+    """Whether a sample is trained on, by its decision, or by the rewards of its group if they are not all equal."""
+    if grpo is None:
+        return [decision.kept for decision in decisions]
+    rewards = [row.reward for row in decisions]
+    groups = [rewards[at : at + grpo.group_size] for at in range(0, len(rewards), grpo.group_size)]
+    return [len(set(group)) > 1 for group in groups for _ in group]
+
+
 def _too_old(run: RunFolder) -> list[str]:
-    stream = run.config.npd.stream
+    stream = run.config.grpo or run.config.npd.stream
     lags = [
         step["step"] // stream.publish_every - int(name.split("/v")[-1].split("/")[0])
         for step in _steps(run)
@@ -175,18 +218,16 @@ def _too_old(run: RunFolder) -> list[str]:
 
 
 def _other_bits_when_trained_again(run: RunFolder) -> list[str]:
+    stage, part = ("grpo", "grpo") if run.config.grpo else ("distill", "")
     with tempfile.TemporaryDirectory() as name:
         again = Path(name) / "run"
-        again.mkdir()
+        (again / "logs").mkdir(parents=True)
         shutil.copy(run.path / "config.yaml", again)
-        for part in ("stream", "weights/v0"):
-            shutil.copytree(run.path / part, again / part)
-        (again / "logs").mkdir()
-        done = subprocess.run(
-            [sys.executable, "-m", "npd_ascend", "distill", "--run", str(again)], capture_output=True, check=False
-        )
-        if done.returncode:
-            return [f"npd distill on the stream alone ended with {done.returncode}"]
+        for folder in ("stream", "weights/v0"):
+            shutil.copytree(run.path / part / folder, again / part / folder)
+        command = [sys.executable, "-m", "npd_ascend", stage, "--run", str(again)]
+        if code := subprocess.run(command, capture_output=True, check=False).returncode:
+            return [f"npd {stage} on the stream alone ended with {code}"]
         students = [(path / "student" / "model.safetensors").read_bytes() for path in (run.path, again)]
         return [] if students[0] == students[1] else ["trained again from the stream, the student has other bits"]
 

@@ -12,6 +12,7 @@ import pytest
 from command import npd, npd_here
 from conftest import CONFIGS
 from safetensors.torch import load_file
+from test_live import soak  # noqa: F401
 
 from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
@@ -129,6 +130,17 @@ def test_killed_and_started_again_it_ends_with_equal_bits(reference, tmp_path):
     assert kills
     model = Path("student") / "model.safetensors"
     assert (folder / model).read_bytes() == (reference / model).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_soak_sees_what_it_looks_for_in_grpo_too(soak, reference, tmp_path):  # noqa: F811
+    assert soak.check(reference) == []
+    folder = Path(shutil.copytree(reference, tmp_path / "run"))
+    packs = folder / "grpo" / "stream" / "packs.jsonl"
+    first, *rest = packs.read_text().splitlines()
+    step = json.loads(first)
+    packs.write_text("\n".join([json.dumps(step | {"packs": step["packs"][1:]}), *rest]) + "\n")
+    assert any("trained" in fault for fault in soak.check(folder))
 
 
 @pytest.mark.slow
