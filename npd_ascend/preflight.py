@@ -1,6 +1,7 @@
 """Everything that can be known to be wrong before anything is trained, and the plan in words."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from npd_ascend.model.families import DecoderConfig, read_config
 from npd_ascend.model.hf_weights import check_hf_weights
 from npd_ascend.model.load import choose_kernels
 from npd_ascend.pacing import Pacing, open_pacing
+from npd_ascend.parallel.launch import ranks_of
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.placement import check_cards
 from npd_ascend.planner.command import check_that_it_fits
+from npd_ascend.planner.memory import set_bytes
 from npd_ascend.prompts import grpo_shards, read_heldout, wanted_shards
+from npd_ascend.ranks import this_node
 from npd_ascend.records import Prompt
 from npd_ascend.rewards.functions import check_installed
 from npd_ascend.rollout.vllm_versions import require_vllm
@@ -68,6 +72,8 @@ def check_run(config: Config) -> str:
         lines.append(_grpo_line(config, tokenizer, heldout))
     lines.append(f"evaluate {len(heldout)} held-out prompts")
     _check_disk(config, student, tokenizer)
+    if config.npd and not config.npd.stream:
+        _check_host_memory(config, tokenizer)
     if config.npd and not Stream(config.run.folder / "stream").entries("scores", 0):
         lines.append(_check_teacher(config, tokenizer, heldout))
     return "\n".join(lines)
@@ -198,6 +204,19 @@ def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer
         raise UserError(
             f"{existing}: {free / 1e9:.1f} GB free, but the run may need {need / 1e9:.1f} GB; "
             f"free some space or set run.folder to another disk"
+        )
+
+
+def _check_host_memory(config: Config, tokenizer: ChatTokenizer) -> None:
+    """Every rank of the trainer reads all of a set; without this it would be killed after the set was made."""
+    prompts = [len(prompt.token_ids) for shard in wanted_shards(config, tokenizer) for prompt, _ in shard]
+    answer, ranks = config.rollout.max_new_tokens, len(ranks_of(this_node(), config.parallel.tp * config.parallel.dp))
+    need = ranks * set_bytes(len(prompts), sum(prompts) / len(prompts) + answer, answer, config.teacher.top_k)
+    if (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < need:
+        raise UserError(
+            f"npd: a set of {len(prompts)} rollouts, all of which each of the trainer's ranks holds, takes up to "
+            f"{need / 1e9:.0f} GB of this host's memory for {ranks}, and it has {there / 1e9:.0f} GB; lower "
+            f"data.prompts.count or rollout.samples_per_prompt, or set npd.stream, which reads shard by shard"
         )
 
 

@@ -23,7 +23,14 @@ from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.plan import cut_model
 from npd_ascend.planner.command import _Asked
 from npd_ascend.planner.layer import Live, count_layer, silent_mesh
-from npd_ascend.planner.memory import Layout, beside_reference, rollout_memory, teacher_memory, trainer_memory
+from npd_ascend.planner.memory import (
+    Layout,
+    beside_reference,
+    rollout_memory,
+    set_bytes,
+    teacher_memory,
+    trainer_memory,
+)
 from npd_ascend.planner.rates import ASCEND, this_host
 from npd_ascend.planner.timing import Samples, Workload, cycle, decode_tokens_per_s, step_seconds
 
@@ -146,6 +153,36 @@ def test_within_15_percent_of_real_scoring_and_generating(planned, keys):
         memory.peak - max(larger, memory.activations),
     ):
         assert wrong != pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "answer_tokens", "top_k"), [(188, 512, 10), (600, 100, 10), (100, 400, 2)], ids=str
+)
+def test_within_15_percent_of_a_real_set(prompt_tokens, answer_tokens, top_k, tmp_path):
+    samples, tokens = 1500, prompt_tokens + answer_tokens
+    command = [sys.executable, str(ROOT / "tests" / "measured_set.py"), str(samples)]
+    command += [str(prompt_tokens), str(answer_tokens), str(top_k), str(tmp_path)]
+    # as above; Arrow keeps some megabytes else
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    measured = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    planned = set_bytes(samples, tokens, answer_tokens, top_k)
+    print(f"{measured / samples:.0f} bytes a sample, planned {planned / measured:.3f} of it")
+    assert planned == pytest.approx(measured, rel=0.15)
+    for wrong in (
+        set_bytes(samples, 2 * tokens, answer_tokens, top_k),
+        set_bytes(samples, tokens, 0, top_k),  # what belongs to an answer's tokens forgotten
+    ):
+        assert wrong != pytest.approx(measured, rel=0.15)
+
+
+def test_a_set_that_the_host_cannot_hold_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(preflight, "set_bytes", lambda samples, *_: samples * 10**9)
+    with pytest.raises(
+        UserError, match=r"npd: a set of 105 rollouts, .* takes up to 105 GB of this host's .* for 1, and it has"
+    ):
+        preflight.check_run(
+            load_config(CONFIGS / "addition_cpu.yaml", ["data.prompts.count=90", "data.heldout.count=15"])
+        )
 
 
 def _kept_by_a_real_layer(mesh, config, recompute):

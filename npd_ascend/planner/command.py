@@ -18,6 +18,7 @@ from npd_ascend.planner.memory import (
     Memory,
     beside_reference,
     rollout_memory,
+    set_bytes,
     teacher_memory,
     trainer_memory,
 )
@@ -46,6 +47,9 @@ def print_plan(config: Config) -> None:
     plan = asked.plan(asked.layout)
     print(f"plan of {config.run.name} on {hardware.name}\n{plan.layout}\n")
     print(table(plan))
+    if config.npd and not config.npd.stream:
+        ranks, of_one = asked.layout.tp * asked.layout.dp, asked.set_bytes
+        print(f"\nthe host holds a set of rollouts for every rank of the trainer: {ranks} x {size(of_one)}iB")
     print()
     print(rates_table(hardware))
     _refuse_too_large(asked, plan, HEADROOM)
@@ -106,6 +110,12 @@ class _Asked:
         if config.grpo:
             self._grpo_work, self._longest_problem = self._workload(grpo_shards(config, tokenizer), 1, 1)
         self.layout = self._with_packs_of(self.layout, self.layout.section)
+
+    @property
+    def set_bytes(self) -> int:
+        """What a rank of the trainer holds of the host's memory for the rollouts of a set."""
+        work = self._work
+        return set_bytes(work.samples, work.mean.tokens, work.answer_tokens, self._config.teacher.top_k)
 
     def _workload(self, shards: list[list[Wanted]], epochs: int, sets: int) -> tuple[Workload, int]:
         """And the tokens of the longest prompt."""
