@@ -20,7 +20,7 @@ from npd_ascend.parallel.plan import refusal
 from npd_ascend.placement import check_cards
 from npd_ascend.planner.command import check_that_it_fits
 from npd_ascend.planner.memory import set_bytes
-from npd_ascend.prompts import grpo_shards, read_heldout, wanted_shards
+from npd_ascend.prompts import Wanted, grpo_shards, read_heldout, wanted_shards
 from npd_ascend.ranks import this_node
 from npd_ascend.records import Prompt
 from npd_ascend.rewards.functions import check_installed
@@ -52,8 +52,9 @@ def check_run(config: Config) -> str:
     lines.append(f"kernels  {', '.join(f'{key} {impl}' for key, impl in config.kernels)}")
     if reason := refusal(student, config.parallel.tp):
         raise UserError(f"{config.student.path}/config.json: {reason}; choose another parallel.tp")
+    shards = wanted_shards(config, tokenizer) if config.npd else []
     if config.device.kind == NPU:  # on a CPU a run that is too large ends in swap or by SIGKILL, and is told so
-        check_that_it_fits(config, _roles_to_do(config, tokenizer))
+        check_that_it_fits(config, roles_to_do(config, len(shards)))
     if config.student.init == "pretrained":
         _check_weights(config.student.path)
     if config.teacher:
@@ -67,26 +68,29 @@ def check_run(config: Config) -> str:
         _check_apart({s.token_ids[: s.prompt_len] for s in gold}, heldout, "data.gold")
         lines.append(f"sft      {len(gold)} gold answers x {config.sft.epochs} epochs")
     if config.npd:
-        lines += _npd_lines(config, tokenizer, heldout)
+        lines += _npd_lines(config, tokenizer, shards, heldout)
     if config.grpo:
         lines.append(_grpo_line(config, tokenizer, heldout))
     lines.append(f"evaluate {len(heldout)} held-out prompts")
-    _check_disk(config, student, tokenizer)
+    _check_disk(config, student, sum(map(len, shards)))
     if config.npd and not config.npd.stream:
-        _check_host_memory(config, tokenizer)
+        _check_host_memory(config, shards)
     if config.npd and not Stream(config.run.folder / "stream").entries("scores", 0):
         lines.append(_check_teacher(config, tokenizer, heldout))
     return "\n".join(lines)
 
 
-def _roles_to_do(config: Config, tokenizer: ChatTokenizer) -> set[str]:
-    """Those of the plan that start a process yet: a replay generates nothing, a resumed run has done some."""
+def roles_to_do(config: Config, shards: int) -> set[str]:
+    """Those of the plan that start a process yet: a replay generates nothing, a resumed run has done some.
+
+    shards: of rollouts, which the run has in all.
+    """
     run, roles = RunFolder(config), set()
     if config.sft and not run.has_trained("sft"):
         roles.add("sft")
     if config.npd and not run.has_trained("npd"):
         if config.npd.stream:
-            answered = len(run.stream.shards("decisions")) == len(wanted_shards(config, tokenizer))
+            answered = len(run.stream.shards("decisions")) == shards
         else:
             answered = all(run.stream.is_decided(phase.number) for phase in config.npd.phases)
         roles |= {"distill"} if answered else {"rollout", "teacher", "distill"}
@@ -108,8 +112,9 @@ def _check_teacher(config: Config, tokenizer: ChatTokenizer, heldout: list[Promp
     )
 
 
-def _npd_lines(config: Config, tokenizer: ChatTokenizer, heldout: list[Prompt]) -> list[str]:
-    shards = wanted_shards(config, tokenizer)
+def _npd_lines(
+    config: Config, tokenizer: ChatTokenizer, shards: list[list[Wanted]], heldout: list[Prompt]
+) -> list[str]:
     wanted = [pair for shard in shards for pair in shard]
     _check_apart({prompt.token_ids for prompt, _ in wanted if not prompt.heldout}, heldout, "data.prompts")
     _check_lengths(config, [len(prompt.token_ids) for prompt, _ in wanted if not prompt.heldout])
@@ -178,14 +183,13 @@ def _check_apart(training: set[tuple[int, ...]], heldout: list[Prompt], key: str
         )
 
 
-def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer) -> None:
+def _check_disk(config: Config, student: DecoderConfig, samples: int) -> None:
     """Checkpoints (master and two moments; two of every stage are kept and one is being written), versions, the
-    student, the stream."""
+    student, the stream. samples: of a set, with npd.stream of the run."""
     weights = 4 * student.num_parameters
     stages = sum(section is not None for section in (config.sft, config.npd, config.grpo))
     need = weights * 3 * (2 * stages + 1) + weights
     if config.npd:
-        samples = sum(map(len, wanted_shards(config, tokenizer)))
         token_bytes = _BYTES_PER_TOKEN + 8 * config.teacher.top_k
         per_set = samples * config.rollout.max_new_tokens * token_bytes
         # the stream's shards hold all rollouts of the run, and only so many versions are kept
@@ -207,9 +211,9 @@ def _check_disk(config: Config, student: DecoderConfig, tokenizer: ChatTokenizer
         )
 
 
-def _check_host_memory(config: Config, tokenizer: ChatTokenizer) -> None:
+def _check_host_memory(config: Config, shards: list[list[Wanted]]) -> None:
     """Every rank of the trainer reads all of a set; without this it would be killed after the set was made."""
-    prompts = [len(prompt.token_ids) for shard in wanted_shards(config, tokenizer) for prompt, _ in shard]
+    prompts = [len(prompt.token_ids) for shard in shards for prompt, _ in shard]
     answer, ranks = config.rollout.max_new_tokens, len(ranks_of(this_node(), config.parallel.tp * config.parallel.dp))
     need = ranks * set_bytes(len(prompts), sum(prompts) / len(prompts) + answer, answer, config.teacher.top_k)
     if (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < need:

@@ -14,7 +14,8 @@ from conftest import CONFIGS
 
 from npd_ascend.config import load_config
 from npd_ascend.config_file import load_yaml
-from npd_ascend.preflight import _roles_to_do
+from npd_ascend.preflight import roles_to_do
+from npd_ascend.prompts import wanted_shards
 from npd_ascend.replay import open_replay, plan_replay
 from npd_ascend.runfolder import reopen_run
 from npd_ascend.sweep import SweepConfig
@@ -101,10 +102,9 @@ def test_only_what_is_left_to_do_has_to_fit(cycle, tmp_path):
     open_replay(cycle, tmp_path / "replay", [])
     replayed = reopen_run(tmp_path / "replay").config
     new = recorded.model_copy(update={"run": recorded.run.model_copy(update={"folder": tmp_path / "new"})})
-    tokenizer = ChatTokenizer(recorded.student.path)
-    assert _roles_to_do(new, tokenizer) == {"sft", "rollout", "teacher", "distill"}
-    assert _roles_to_do(replayed, tokenizer) == {"distill"}
-    assert _roles_to_do(recorded, tokenizer) == set()
+    assert roles_to_do(new, 4) == {"sft", "rollout", "teacher", "distill"}
+    assert roles_to_do(replayed, 4) == {"distill"}
+    assert roles_to_do(recorded, 4) == set()
 
 
 def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
@@ -113,7 +113,7 @@ def test_a_stream_of_a_live_run_gives_the_same_student(tmp_path):
     done = npd("run", "--config", CONFIGS / "addition_cpu.yaml", f"run.folder={recorded}", *SMALL, *live)
     assert done.returncode == 0, done.stderr
     config = open_replay(recorded, tmp_path / "replay", []).config
-    assert _roles_to_do(config, ChatTokenizer(config.student.path)) == {"distill"}
+    assert roles_to_do(config, len(wanted_shards(config, ChatTokenizer(config.student.path)))) == {"distill"}
     assert weights(retrain(recorded, tmp_path / "replay")) == weights(recorded)
     for override in ("npd.epochs=1", "run.seed=5"):  # other shards, and shards of other prompts
         said = refused("replay", "--run", recorded, tmp_path / "more", override)
