@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -353,6 +354,8 @@ _COMMANDS = {
 
 def entry() -> None:
     """The `npd` console script."""
+    if sys.argv[1:2] in (["plan"], ["processes"]):  # they only print, and `npd plan | head` ends as of other programs
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
 
 

@@ -1,8 +1,12 @@
 """What is typed after `npd`: settings and options in any order, and a word that means nothing."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import CONFIGS
 
 from npd_ascend.arguments import parse
 
@@ -35,3 +39,12 @@ def test_a_word_that_means_nothing_is_named(words, said, capsys):
         parse(words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "processes"])
+def test_what_only_prints_ends_quietly_when_nobody_reads(command):
+    words = [sys.executable, "-u", "-m", "npd_ascend", command, "--config", str(CONFIGS / "addition_cpu.yaml")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == -signal.SIGPIPE

@@ -209,6 +209,8 @@ def test_pruning_a_folder_without_weights_is_refused(addition_student, tmp_path,
 
 def test_the_student_of_the_addition_pair_is_the_cut_that_its_configuration_names(tmp_path):
     assert main(["prune", str(CONFIGS / "addition" / "teacher"), str(tmp_path / "cut"), "--keep", "0,3"]) == 0
+    modes = {(tmp_path / "cut" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1  # whoever may read one may read the other
     for file in (tmp_path / "cut").iterdir():
         assert file.read_bytes() == (CONFIGS / "addition" / "student" / file.name).read_bytes(), file.name
 

@@ -35,6 +35,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with commit_folder(folder) as draft:
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(draft)
+        _as_readable_as_its_config(draft)
 
 
 def prune_depth(source: Path, folder: Path, keep: str) -> None:
@@ -60,6 +61,7 @@ def prune_depth(source: Path, folder: Path, keep: str) -> None:
             config["layer_types"] = [config["layer_types"][layer] for layer in layers]
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        _as_readable_as_its_config(draft)
 
 
 def _parse_layers(text: str, num_layers: int) -> list[int]:
@@ -72,6 +74,12 @@ def _parse_layers(text: str, num_layers: int) -> list[int]:
     if layers != sorted(set(layers)) or not layers or layers[-1] >= num_layers:
         raise UserError(f"--keep {text!r}: want rising layers between 0 and {num_layers - 1}")
     return layers
+
+
+def _as_readable_as_its_config(folder: Path) -> None:
+    """safetensors makes files that only their owner can read, whatever the umask."""
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def _refuse_existing(folder: Path) -> None:
