@@ -9,7 +9,7 @@ from npd_ascend.durable import commit_file, make_folder, only_process, sha256
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.benchmarks import BENCHMARKS
 from npd_ascend.evaluate.scores import Score, score_of
-from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings, load_settings
+from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings, content_digest, load_settings
 from npd_ascend.evaluate.table import terminal_table, write_results
 from npd_ascend.model.families import read_config
 from npd_ascend.rollout.engine import Engine
@@ -31,7 +31,7 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
         lm = harness = None
         for name, chosen in settings.benchmarks.asked():
             place = settings.folder / name
-            _same_as_before(place, _identity(settings, chosen, model, lm_eval_version))
+            _same_as_before(place, _identity(settings, name, chosen, model, lm_eval_version))
             for sample in range(chosen.samples):
                 if _rows_file(place, sample).exists():
                     continue
@@ -115,7 +115,7 @@ def _fingerprint(settings: EvalSettings) -> dict[str, str]:
     return {file.name: sha256(file) for file in files}
 
 
-def _identity(settings: EvalSettings, chosen: BenchmarkSettings, model: dict, lm_eval_version: str) -> dict:
+def _identity(settings: EvalSettings, name: str, chosen: BenchmarkSettings, model: dict, lm_eval_version: str) -> dict:
     """All that the answers to a benchmark depend on. Memory and threads may change."""
     kept = settings.model.model_dump(mode="json", include={"dtype", "engine", "system_prompt", "prompt_suffix"})
     if not settings.model.eager:
@@ -126,7 +126,8 @@ def _identity(settings: EvalSettings, chosen: BenchmarkSettings, model: dict, lm
         "model": model,
         "settings": kept | {"batch_size": settings.model.batch_size},
         "benchmark": chosen.model_dump(mode="json", exclude={"samples"}),  # more of them may be asked for later
-        "data": sha256(chosen.data) if chosen.data and chosen.data.is_file() else None,
+        "task": dict(BENCHMARKS[name].changes),
+        "data": content_digest(chosen.data) if chosen.data else None,
     }
 
 
@@ -136,10 +137,10 @@ def _same_as_before(place: Path, identity: dict) -> None:
     if saved.exists() and any(place.glob("*-*.json*")):  # before the first answer they may still be mended
         was = json.loads(saved.read_text())
         for key in identity:
-            if was[key] != identity[key]:
+            if was.get(key) != identity[key]:
                 raise UserError(
                     f"{saved}: the answers there were given with another {key} "
-                    f"({_difference(was[key], identity[key])}); set folder to a new one or delete {place}"
+                    f"({_difference(was.get(key), identity[key])}); set folder to a new one or delete {place}"
                 )
         return
     with commit_file(saved) as draft:

@@ -10,7 +10,7 @@ from typing import Any
 
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.benchmarks import BENCHMARKS, TASKS, Benchmark
-from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings
+from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings, content_digest
 
 _WAY_OUT = "pip install -r requirements-eval.txt"
 
@@ -80,7 +80,8 @@ class Harness:
         place = f"benchmarks.{name}.data" if chosen.data else f"benchmarks.{name}"
         try:
             loaded = self._manager.load([spec])
-        except (OSError, ValueError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
+        # TypeError: of a row in which a task finds nothing, such as a solution without \\boxed
+        except (OSError, ValueError, TypeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
             tried = chosen.data or "the hub's data set"
             also = ", and have the hub's metric code_eval in the cache" if benchmark.runs_code else ""
             raise UserError(
@@ -92,8 +93,11 @@ class Harness:
     def _changes(self, chosen: BenchmarkSettings, benchmark: Benchmark) -> dict:
         """Of the task's definition."""
         changes: dict[str, Any] = {} if self._settings.model.system_prompt == "task" else {"description": ""}
+        changes |= benchmark.changes
         if chosen.data and chosen.data.is_dir():
-            changes["dataset_path"] = str(chosen.data)
+            # datasets knows a folder by its name, and would give the rows of another one or of an earlier day
+            cache = self._settings.folder / "data" / content_digest(chosen.data)[:16]
+            changes |= {"dataset_path": str(chosen.data), "dataset_kwargs": {"cache_dir": str(cache)}}
         elif chosen.data:
             files = {"data_files": {benchmark.split: str(chosen.data)}}
             changes |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "training_split": None}

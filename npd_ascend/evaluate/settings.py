@@ -1,5 +1,6 @@
 """The YAML of `npd eval --benchmarks`: which model answers what, how, and where the data lie."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from npd_ascend.config import DeviceConfig
 from npd_ascend.config_file import load_yaml
+from npd_ascend.durable import sha256
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.benchmarks import BENCHMARKS, Benchmark
 
@@ -108,6 +110,18 @@ def load_settings(path: Path, overrides: list[str]) -> EvalSettings:
     return settings.model_copy(
         update={"folder": settings.folder.absolute(), "model": model, "benchmarks": BenchmarkSet(**chosen)}
     )
+
+
+def content_digest(data: Path) -> str:
+    """sha256 of a file, or of the names and contents of a folder's files but for the hidden ones of a hub's client."""
+    if data.is_file():
+        return sha256(data)
+    digest = hashlib.sha256()
+    for file in sorted(path for path in data.rglob("*") if path.is_file()):
+        name = file.relative_to(data)
+        if not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _with_data(name: str, chosen: BenchmarkSettings) -> BenchmarkSettings:

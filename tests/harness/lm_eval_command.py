@@ -53,7 +53,7 @@ def lm_eval_command(
     new_tokens: int,
     timeout_s: int = 900,
 ) -> dict[str, list[float]]:
-    """Scores of every question by `lm-eval run --model hf` on its own tasks; only where the data lie is changed.
+    """Scores of every question by `lm-eval run --model hf`; only where the data lie is changed, and what we change too.
 
     shots: examples before a question, none where a benchmark is missing. more: words behind the command.
     """
@@ -69,6 +69,7 @@ def lm_eval_command(
             "dataset_kwargs": {"data_files": {split: str(data[name])}},
             "training_split": None,
             "num_fewshot": shots.get(name, 0),
+            **BENCHMARKS[name].changes,
         }
         local |= {} if name in shots else {"fewshot_split": None}
         (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(local))

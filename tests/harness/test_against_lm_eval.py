@@ -1,7 +1,7 @@
 """`npd eval --benchmarks` against lm-eval's own command: the same small model, the same questions, the same scores.
 
 With requirements-eval.txt; launch/test.sh installs it beside vLLM. The model has random weights and writes mostly
-digits and full stops, so that filters find something and stop texts come up; half of the reference answers
+digits and a stop text, so that filters find something and the stop is seen; half of the reference answers
 are what it says, so that scores lie between 0 and 1 and move when anything about the prompt or the stop does.
 Rows are in the shape of the hub's, made here. MBPP and HumanEval: test_code_benchmarks.py.
 """
@@ -9,6 +9,7 @@ Rows are in the shape of the hub's, made here. MBPP and HumanEval: test_code_ben
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, likely: Sequence[str] = (*"0123456789 .", "<|im_end|>"), seed: int = 3) -> Path:
+def make_model(
+    folder: Path, likely: Sequence[str] = (*"0123456789 .", "Question:", "<|im_end|>"), seed: int = 7
+) -> Path:
     """A token per byte and per text of several in `likely`, whose tokens come more often."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
@@ -248,8 +251,8 @@ def test_from_the_hub_it_is_the_same(theirs):
 def test_a_wrong_stop_shows(theirs, monkeypatch):
     folder, model, data, scores = theirs
     monkeypatch.setattr(engine_lm, "postprocess_generated_text", lambda text, stop, think: text)
-    wrong = npd_eval(folder / "no_stop", model, {"drop": data["drop"]})
-    assert wrong["drop"] != scores["drop"]
+    wrong = npd_eval(folder / "no_stop", model, {"gsm8k": data["gsm8k"]})
+    assert wrong["gsm8k"] != scores["gsm8k"]
 
 
 def test_killed_and_started_again_asks_only_what_is_left(theirs, monkeypatch):
@@ -284,6 +287,30 @@ def test_samples_differ_and_are_averaged(theirs):
     rows = [json.loads((folder / "sampled" / "gsm8k" / f"questions-{i}.json").read_text()) for i in (0, 1)]
     assert [row["answer"] for row in rows[0]] != [row["answer"] for row in rows[1]]
     assert score == sum(row["score"] for sample in rows for row in sample) / 16
+
+
+def test_another_folder_of_one_name_is_read_and_changed_rows_are_refused(theirs, tmp_path, capsys):
+    """datasets keeps what it read under the folder's name."""
+    _, model, data, scores = theirs
+    rows = [json.loads(line) for line in data["cluewsc"].read_text().splitlines()]
+    other = [row | {"label": {"true": "false", "false": "true"}[row["label"]]} for row in rows]
+
+    def folder(place: Path, lines: list[dict]) -> Path:
+        place.mkdir(parents=True)
+        files = [{"split": split, "path": f"{split}.jsonl"} for split in ("train", "validation")]
+        for file in files:
+            write_lines(place / file["path"], lines)
+        head = {"configs": [{"config_name": "cluewsc2020", "data_files": files}]}
+        (place / "README.md").write_text(f"---\n{yaml.safe_dump(head)}---\n")
+        return place
+
+    right, wrong = folder(tmp_path / "a" / "clue", rows), folder(tmp_path / "b" / "clue", other)
+    assert npd_eval(tmp_path / "right", model, {"cluewsc": right})["cluewsc"] == scores["cluewsc"]
+    assert npd_eval(tmp_path / "wrong", model, {"cluewsc": wrong})["cluewsc"] == [1 - s for s in scores["cluewsc"]]
+    shutil.copy(wrong / "validation.jsonl", right)
+    with pytest.raises(AssertionError):
+        npd_eval(tmp_path / "right", model, {"cluewsc": right})
+    assert "the answers there were given with another data" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_had_are_said_in_one_line(theirs, tmp_path, capsys):
