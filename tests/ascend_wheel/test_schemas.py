@@ -20,7 +20,7 @@ def test_every_call_fits_its_schema():
 
 @pytest.fixture(scope="module")
 def of_the_row():
-    """torch_npu as requirements-npu.txt wants it; its torch is a build for CUDA, in which it cannot be loaded."""
+    """torch_npu as requirements-npu.txt wants it, beside the one that is loaded; with --row they are the same."""
     package = Path(sys.prefix) / "row" / "torch_npu"
     if not package.exists():
         pytest.skip("the row's torch-npu is not there; bash launch/npu_proof.sh fetches it")
