@@ -120,13 +120,14 @@ def _identity(settings: EvalSettings, name: str, chosen: BenchmarkSettings, mode
     kept = settings.model.model_dump(mode="json", include={"dtype", "engine", "system_prompt", "prompt_suffix"})
     if not settings.model.eager:
         kept["eager"] = False
-    return {
+    # folders of older versions have no such key, and were asked by lm-eval's own definition
+    changed = {"task": dict(BENCHMARKS[name].changes)} if BENCHMARKS[name].changes else {}
+    return changed | {
         "lm_eval": lm_eval_version,
         "seed": settings.seed,
         "model": model,
         "settings": kept | {"batch_size": settings.model.batch_size},
         "benchmark": chosen.model_dump(mode="json", exclude={"samples"}),  # more of them may be asked for later
-        "task": dict(BENCHMARKS[name].changes),
         "data": content_digest(chosen.data) if chosen.data else None,
     }
 

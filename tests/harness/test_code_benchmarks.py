@@ -6,6 +6,7 @@ read their own program. Half of both want what the model said, MBPP's from a fil
 question.
 """
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_the_same_scores_as_lm_evals_own_command(theirs):
     folder, model, data, scores = theirs
     assert npd_eval(folder / "ours", model, data) == scores  # question by question
     assert [len(each) for each in scores.values()] == [QUESTIONS, QUESTIONS]
+
+
+def test_answers_read_by_an_older_filter_are_not_mixed_in(theirs, capsys):
+    folder, model, data, _ = theirs
+    npd_eval(folder / "older", model, {"mbpp": data["mbpp"]})
+    saved = folder / "older" / "mbpp" / "settings.json"
+    identity = json.loads(saved.read_text())
+    saved.write_text(json.dumps({key: value for key, value in identity.items() if key != "task"}))
+    with pytest.raises(AssertionError):
+        npd_eval(folder / "older", model, {"mbpp": data["mbpp"]})
+    assert "the answers there were given with another task" in capsys.readouterr().err
 
 
 def test_another_prompt_shows(theirs, monkeypatch):
