@@ -41,6 +41,9 @@ def silent_mesh(tp: int, *, sequence_parallel: bool) -> Iterator[Mesh]:
     if tp == 1:
         yield Mesh()
         return
+    # shapes of collectives, some of which torch 2.10 lacks without it; here, since it takes a while to import
+    import torch.distributed._tools.fake_collectives  # noqa: F401
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     try:
         yield Mesh(tp=tp, sequence_parallel=sequence_parallel, tp_group=dist.group.WORLD)

@@ -1,6 +1,8 @@
 """The planner against what torch_npu's autograd keeps on fake NPU tensors: a layer's bytes, and a whole step's."""
 
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -40,3 +42,16 @@ def test_a_whole_step_takes_what_was_planned(tp, recompute):
     _, peak, batch = traced_step(config, pack, recompute, mesh)
     dist.destroy_process_group()  # the planner has a silent one of its own
     assert peak == pytest.approx(planned_step(config, pack, recompute, tp, batch), rel=0.01)
+
+
+def test_a_layer_cut_over_ranks_is_counted_by_this_torch():
+    """As `npd plan` does it, in a process in which nothing else has told torch the shapes of collectives."""
+    code = f"""
+import torch
+from npd_ascend.model.families import DecoderConfig
+from npd_ascend.planner.layer import count_layer, silent_mesh
+
+with silent_mesh(2, sequence_parallel=True) as mesh:
+    count_layer(DecoderConfig(**{asdict(replace(PANGU_1B, num_layers=1))}), torch.bfloat16, 512, mesh, "off")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
