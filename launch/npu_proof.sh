@@ -6,18 +6,32 @@
 # torch_npu and vllm-ascend are the real wheels, in environments of their own; CANN and HCCL are stubs, tensors are fake.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "$*" in
+  '') ;;
+  --row)
+    [ "$(uname)" = Linux ] || {
+      echo "--row: torch-npu has wheels for Linux only, this is $(uname)" >&2
+      exit 2
+    }
+    ;;
+  *)
+    echo "usage: bash launch/npu_proof.sh [--row]" >&2  # not the other environment for a mistyped --row
+    exit 2
+    ;;
+esac
+log=$(mktemp) of_row=$(mktemp) table='' failed=''
+trap 'rm -f "$log" "$of_row"' EXIT
 . launch/env.sh
 environment .venv-ascend requirements-ascend-check.txt
 check=.venv-npu-check requirements=requirements-npu-check.txt
 if [ "${1:-}" = --row ]; then
-  check=.venv-npu-row requirements=$(mktemp)
+  check=.venv-npu-row requirements=$of_row
   grep -E '^(torch|numpy|safetensors|pydantic|PyYAML|pytest)==' requirements-npu.txt > "$requirements"
 fi
 environment "$check" "$requirements"
 row_npu=$(grep -o '^torch-npu==[0-9a-z.]*' requirements-npu.txt)
 if [ "$check" = .venv-npu-row ]; then  # it asks for a build of torch that PyPI lacks on x86_64
   "$check/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile "$row_npu"
-  rm "$requirements"
 fi
 # its weight transfer alone is loaded, without the torch and the vLLM that it asks for
 "$check/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
@@ -27,8 +41,6 @@ fi
 "$check/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-compile --upgrade \
   --target "$check/row" "$row_npu"
 
-log=$(mktemp) table='' failed=''
-trap 'rm -f "$log"' EXIT
 # shown WHAT ENVIRONMENT FOLDER TESTS...      a line of the table, and everything that was said if it fails
 shown() {
   local what=$1 python=$2/bin/python folder=$3 result
