@@ -12,6 +12,10 @@ class Hccl(dist.ProcessGroup):
         )
         self._as_host = as_host
 
+    def shutdown(self):
+        """gloo's threads end here: one that still drops a tensor while the interpreter goes would abort the process."""
+        self._gloo = None
+
     def _seen_by_gloo(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "npu":
             raise RuntimeError(f"hccl was given a tensor of {tensor.device}")
