@@ -12,6 +12,9 @@ from pathlib import Path
 
 # torch would import torch_npu itself, before the libraries are there
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+# set by launch/env_ascend.sh; the stub has no memory that grows, and torch_npu reads them when it is imported
+for name in ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+    os.environ.pop(name, None)
 SOURCES = [str(Path(__file__).with_name(name)) for name in ("stub_cann.c", "stub_hccl.c")]
 # torch_npu looks functions up library by library, so each of them has all
 LIBRARIES = ["libascendcl", "libacl_op_compiler", "libhccl", "libge_runner", "libgraph", "libacl_tdt_channel", "libatb"]
