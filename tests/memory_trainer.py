@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from device_stand_in import stand_in_for_devices
+from safetensors.torch import save
 
 from npd_ascend.model.hf_weights import load_hf_weights
 from npd_ascend.model.load import load_decoder
@@ -238,9 +239,9 @@ class Worker:
 
 
 def work_once(folder: Path, version: int, name: str, pipe) -> None:
-    """A worker process that takes one version and says what came of it."""
+    """A worker process that takes one version and sends what came of it: the weights (safetensors) or the error."""
     torch.set_num_threads(1)
     try:
-        pipe.send(sorted(Worker(folder, name).take(version)))
+        pipe.send(save(Worker(folder, name).take(version)))
     except RuntimeError as error:
         pipe.send(str(error))
