@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npd_ascend.evaluate.drop import better_reading
+
 TASKS = Path(__file__).parent / "tasks"  # definitions of our own, for what lm-eval lacks
 
 
@@ -30,6 +32,14 @@ class Benchmark:
     runs_code: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def named_changes(self) -> dict[str, Any]:
+        """JSON; functions as a file for lm-eval's own command names them."""
+        return {
+            key: f"!function {value.__module__}.{value.__qualname__}" if callable(value) else value
+            for key, value in self.changes.items()
+        }
+
 
 def _extract(name: str, kind: str, pattern: str, **more: Any) -> list[dict]:
     found = {"function": kind, "regex_pattern": pattern, **more}
@@ -46,11 +56,13 @@ _MBPP = {
     "{{test_setup_code|default('')}}\n{{test_list|join('\n')}}{% endif %}",
 }
 # lm-eval stops at the first full stop, also that of 3.5 or of J. P. Losman, and its examples answer with the names of
-# the data's columns (its issue 2137). Here the first line counts, without what introduces it and without its full stop.
+# the data's columns (its issue 2137). Here the first line counts, without what introduces it and without its full stop,
+# and may name several spans.
 _DROP = {
     "doc_to_target": "{{answers[0]|join(', ')}}",
     "generation_kwargs": {"until": [], "do_sample": False},
     "filter_list": _extract("line", "regex", r"\A\s*(?i:the answer is:?|answer:)?\s*(.*?)\.?[ \t]*(?:\n|\Z)"),
+    "process_results": better_reading,
 }
 # lm-eval takes the last (A) to (D) and nothing else, and its prompt asks for no form.
 _GPQA = {

@@ -121,7 +121,8 @@ def _identity(settings: EvalSettings, name: str, chosen: BenchmarkSettings, mode
     if not settings.model.eager:
         kept["eager"] = False
     # folders of older versions have no such key, and were asked by lm-eval's own definition
-    changed = {"task": dict(BENCHMARKS[name].changes)} if BENCHMARKS[name].changes else {}
+    changes = BENCHMARKS[name].named_changes
+    changed = {"task": changes} if changes else {}
     return changed | {
         "lm_eval": lm_eval_version,
         "seed": settings.seed,

@@ -71,7 +71,7 @@ def _result(settings: EvalSettings, name: str, score: Score) -> dict:
         "task": benchmark.task,
         "metric": benchmark.metric,
         "filter": benchmark.filter,
-        "changes": dict(benchmark.changes),
+        "changes": benchmark.named_changes,
         **chosen.model_dump(mode="json", exclude={"samples", "questions"}),
         "first_questions_only": chosen.questions,
     }

@@ -1,6 +1,7 @@
 """lm-eval's own command on the benchmarks of `npd eval --benchmarks`, and the score of every question by either."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -30,6 +31,11 @@ SINGLE = {
     "mbpp": (ORIGINALS / "mbpp" / "mbpp_instruct.yaml", "test"),
     "humaneval": (ORIGINALS / "humaneval" / "humaneval_instruct.yaml", "test"),
 }
+
+
+def _with_functions(text: str) -> str:
+    """YAML's tags are no text, and safe_dump has none for a function."""
+    return re.sub(r"'(!function) ([\w.]+)'", r"\1 \2", text)
 
 
 def subjects(name: str) -> dict[str, str]:
@@ -69,10 +75,10 @@ def lm_eval_command(
             "dataset_kwargs": {"data_files": {split: str(data[name])}},
             "training_split": None,
             "num_fewshot": shots.get(name, 0),
-            **BENCHMARKS[name].changes,
+            **BENCHMARKS[name].named_changes,
         }
         local |= {} if name in shots else {"fewshot_split": None}
-        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(local))
+        (folder / "tasks" / f"{name}.yaml").write_text(_with_functions(yaml.safe_dump(local, width=math.inf)))
     for name in GROUPS.keys() & data.keys():
         for base, subject in subjects(name).items():
             local = {

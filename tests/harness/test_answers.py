@@ -42,7 +42,14 @@ DROP = [
     ("\n\n3.5", 1),
     ("3", 0),
 ]
-DROP_SPANS = [("J. P. Losman", 1), ("Losman", 0.5), ("J. P. Losman.", 1)]
+DROP_SPAN = [("J. P. Losman", 1), ("Losman", 0.5), ("J. P. Losman.", 1)]
+DROP_SPANS = [
+    ("Losman, Moorman", 1),
+    ("The answer is Moorman and Losman.", 1),
+    ("Losman, and Moorman", 1),
+    ("Losman", 0.5),
+    ("Losman, Moorman, Evans, Price", 0.5),
+]
 GPQA = [
     ("It is heavy, so (A) is wrong. The answer is (B).", 1),
     ("The answer is B.", 1),
@@ -96,11 +103,13 @@ def test_mbpp(tmp_path):
 
 
 def test_drop(tmp_path):
-    rows, said = [], [*DROP, *DROP_SPANS]
-    for i in range(len(said)):
-        answer = {"number": "3.5" if i < len(DROP) else "", "date": DATE, "spans": ["J. P. Losman"][: i >= len(DROP)]}
+    rows, said = [], [*DROP, *DROP_SPAN, *DROP_SPANS]
+    right = [("3.5", [])] * len(DROP) + [("", ["J. P. Losman"])] * len(DROP_SPAN)
+    right += [("", ["Losman", "Moorman"])] * len(DROP_SPANS)
+    for i, (number, spans) in enumerate(right):
         rows.append({"query_id": f"q{i}", "passage": "He ran 3.5 miles.", "question": f"How far or who, case {i}?"})
-        rows[-1] |= {"answer": answer, "validated_answers": {"number": [], "date": [], "spans": []}}
+        rows[-1] |= {"answer": {"number": number, "date": DATE, "spans": spans}}
+        rows[-1] |= {"validated_answers": {"number": [], "date": [], "spans": []}}
     assert scores(tmp_path, "drop", rows, [text for text, _ in said]) == [score for _, score in said]
 
 
