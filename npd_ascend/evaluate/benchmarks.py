@@ -14,7 +14,7 @@ TASKS = Path(__file__).parent / "tasks"  # definitions of our own, for what lm-e
 class Benchmark:
     """task, metric and filter: as lm-eval 0.4.13 names them; metric is a mean over questions, in 0..1.
 
-    split: which one is asked, for data in a single file. fields: what every row of such a file must have. grouped: the
+    split: which one is asked, for data in a single file. fields: what every row must have. grouped: the
     task is a group of many, one per subject, and its data are a folder. own_shots: the examples stand in the task, so
     they need no data. runs_code: answers are executed on this machine. changes: of the task's definition, where that of
     lm-eval misses right answers; usable with its own command in a file that includes the task.
@@ -77,15 +77,15 @@ _GPQA = {
 }
 
 
-def _choice(title: str, task: str, *, split: str, fields: tuple[str, ...] = (), grouped: bool = True) -> Benchmark:
+def _choice(title: str, task: str, *, split: str, fields: tuple[str, ...], grouped: bool = True) -> Benchmark:
     return Benchmark(title, task, "acc", "none", "Acc", split, fields, grouped)
 
 
 # The cards and the paper name benchmark and metric; the task and its prompt are our choice (docs/eval.md).
 BENCHMARKS = {
-    "mmlu": _choice("MMLU", "mmlu", split="test"),
-    "cmmlu": _choice("CMMLU", "cmmlu", split="test"),
-    "ceval": _choice("C-Eval", "ceval-valid", split="val"),
+    "mmlu": _choice("MMLU", "mmlu", split="test", fields=("question", "choices", "answer")),
+    "cmmlu": _choice("CMMLU", "cmmlu", split="test", fields=("Question", *"ABCD", "Answer")),
+    "ceval": _choice("C-Eval", "ceval-valid", split="val", fields=("question", *"ABCD", "answer")),
     "ifeval": Benchmark(
         "IF-Eval",
         "ifeval",

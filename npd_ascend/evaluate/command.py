@@ -3,15 +3,18 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from npd_ascend.device import DTYPES, open_device
 from npd_ascend.durable import commit_file, make_folder, only_process, sha256
 from npd_ascend.errors import UserError
+from npd_ascend.evaluate.answers import AnswerFile
 from npd_ascend.evaluate.benchmarks import BENCHMARKS
 from npd_ascend.evaluate.scores import Score, score_of
 from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings, content_digest, load_settings
 from npd_ascend.evaluate.table import terminal_table, write_results
 from npd_ascend.model.families import read_config
+from npd_ascend.progress import progress
 from npd_ascend.rollout.engine import Engine
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.tokenizer import ChatTokenizer
@@ -19,7 +22,7 @@ from npd_ascend.tokenizer import ChatTokenizer
 
 def run_benchmarks(path: Path, overrides: list[str]) -> None:
     """Ask what has not been asked yet, then write FOLDER/results.json and results.html and print the table."""
-    from npd_ascend.evaluate.harness import Harness, require_lm_eval
+    from npd_ascend.evaluate.harness import require_lm_eval
 
     lm_eval_version = require_lm_eval()
     settings = load_settings(path, overrides)
@@ -27,61 +30,66 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
     refusal = f"{settings.folder}: another `npd eval` is working there; wait for it or set another folder"
     with only_process(settings.folder / "eval.lock", refusal):
         model = _fingerprint(settings)
-        scores: dict[str, Score] = {}
-        lm = harness = None
         for name, chosen in settings.benchmarks.asked():
-            place = settings.folder / name
-            _same_as_before(place, _identity(settings, name, chosen, model, lm_eval_version))
-            for sample in range(chosen.samples):
-                if _rows_file(place, sample).exists():
-                    continue
-                lm = lm or _open_model(settings)  # not for a table alone
-                harness = harness or Harness(settings)
-                _pass(harness, lm, name, chosen, sample, place)
-            rows = [
-                json.loads(_rows_file(place, sample).read_text(encoding="utf-8")) for sample in range(chosen.samples)
-            ]
-            scores[name] = score_of(rows)
-            # the table may be hours away
-            print(f"{BENCHMARKS[name].title}: {100 * scores[name].mean:.2f}", file=sys.stderr)
+            _same_as_before(settings.folder / name, _identity(settings, name, chosen, model, lm_eval_version))
+        left = [
+            (name, chosen, sample)
+            for name, chosen in settings.benchmarks.asked()
+            for sample in range(chosen.samples)
+            if not _rows_file(settings, name, sample).exists()
+        ]
+        if left:  # not for a table alone
+            _ask(settings, left)
+        scores = {name: _score(settings, name, chosen.samples) for name, chosen in settings.benchmarks.asked()}
         write_results(settings, scores, model, lm_eval_version)
         print(terminal_table(settings, scores))
 
 
-def _pass(harness, lm, name: str, chosen: BenchmarkSettings, sample: int, place: Path) -> None:
-    from npd_ascend.evaluate.answers import AnswerFile
+def _ask(settings: EvalSettings, left: list[tuple[str, BenchmarkSettings, int]]) -> None:
+    """All samples that are missing, each kept when it is complete."""
+    from npd_ascend.evaluate.engine_lm import EngineLM, Rehearsal
+    from npd_ascend.evaluate.harness import Harness
 
-    lm.begin(name, sample, AnswerFile(place / f"answers-{sample}.jsonl"))
-    rows = harness.ask(name, chosen, lm)
-    with commit_file(_rows_file(place, sample)) as draft:
-        draft.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    harness, tokenizer, max_tokens = Harness(settings), ChatTokenizer(settings.model.path), _max_tokens(settings)
+    asking: dict[str, Any] = {"prompt_suffix": settings.model.prompt_suffix, "batch_size": settings.model.batch_size}
+    asking |= {"max_tokens": max_tokens, "seed": settings.seed}
+    engine = _engine(settings, tokenizer, max_tokens)
+    engine.load_weights(settings.model.path)
+    rehearsal, chosen_of = Rehearsal(None, tokenizer, **asking), {name: chosen for name, chosen, _ in left}
+    with progress("eval: data and prompts", len(chosen_of), "benchmarks") as bar:
+        for name, chosen in chosen_of.items():
+            rehearsal.begin(name, 0, None)
+            harness.rehearse(name, chosen, rehearsal)
+            bar.update(1)
+    lm = EngineLM(engine, tokenizer, **asking)
+    for name, chosen, sample in left:
+        lm.begin(name, sample, AnswerFile(settings.folder / name / f"answers-{sample}.jsonl"))
+        rows = harness.ask(name, chosen, lm)
+        with commit_file(_rows_file(settings, name, sample)) as draft:
+            draft.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        # the table may be hours away
+        print(f"{BENCHMARKS[name].title}: {100 * _score(settings, name, sample + 1).mean:.2f}", file=sys.stderr)
 
 
-def _rows_file(place: Path, sample: int) -> Path:
-    return place / f"questions-{sample}.json"
+def _score(settings: EvalSettings, name: str, samples: int) -> Score:
+    files = [_rows_file(settings, name, sample) for sample in range(samples)]
+    return score_of([json.loads(file.read_text(encoding="utf-8")) for file in files])
 
 
-def _open_model(settings: EvalSettings):
-    from npd_ascend.evaluate.engine_lm import EngineLM
+def _rows_file(settings: EvalSettings, name: str, sample: int) -> Path:
+    return settings.folder / name / f"questions-{sample}.json"
 
-    model, tokenizer = settings.model, ChatTokenizer(settings.model.path)
+
+def _max_tokens(settings: EvalSettings) -> int:
+    """Of a prompt with its answer; UserError where the model cannot read so many."""
+    model = settings.model
     context = read_config(model.path).max_position
     if (model.max_tokens or 0) > context:
         raise UserError(
             f"model.max_tokens={model.max_tokens} is above max_position_embeddings={context} of "
             f"{model.path}/config.json; lower it"
         )
-    max_tokens = model.max_tokens or context
-    engine = _engine(settings, tokenizer, max_tokens)
-    engine.load_weights(model.path)
-    return EngineLM(
-        engine,
-        tokenizer,
-        prompt_suffix=model.prompt_suffix,
-        batch_size=model.batch_size,
-        max_tokens=max_tokens,
-        seed=settings.seed,
-    )
+    return model.max_tokens or context
 
 
 def _engine(settings: EvalSettings, tokenizer: ChatTokenizer, max_tokens: int) -> Engine:

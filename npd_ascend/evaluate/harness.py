@@ -33,25 +33,41 @@ class Harness:
 
         self._settings, self._manager = settings, TaskManager(include_path=str(TASKS))
 
+    def rehearse(self, name: str, chosen: BenchmarkSettings, lm: Any) -> None:
+        """All of `ask` with an lm that asks nobody. UserError, before hours of answers, for rows that do not fit the
+        task and for prompts that do not fit the model."""
+        from jinja2 import TemplateError
+
+        try:
+            self.ask(name, chosen, lm)
+        except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+            place, tried = (
+                (f"benchmarks.{name}.data", chosen.data) if chosen.data else (f"benchmarks.{name}", "the hub")
+            )
+            raise UserError(
+                f"{place}: a row from {tried} does not fit lm-eval's task of {BENCHMARKS[name].title} "
+                f"({type(error).__name__}: {_line(error)}); want the rows as on the hub, see docs/eval.md"
+            ) from error
+
     def ask(self, name: str, chosen: BenchmarkSettings, lm: Any) -> list[dict]:
         """Rows of one pass: task, question (its number there), score in 0..1, answer after the task's filter, target.
 
         UserError if the data cannot be had or do not fit the task.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
 
         benchmark = BENCHMARKS[name]
         loaded = self._load(name, chosen, benchmark)
-        results = simple_evaluate(
-            model=lm,
-            tasks=[loaded],
-            num_fewshot=chosen.shots,
-            gen_kwargs=_generation(chosen, benchmark),
+        for task in loaded["tasks"].values():
+            _ask_as_chosen(task, chosen, benchmark)
+        # not simple_evaluate, which asks git, pip and the hardware for a report that nobody reads here
+        results = evaluate(
+            lm,
+            loaded,
             limit=chosen.questions,
             bootstrap_iters=0,  # its standard errors; ours are over questions, whatever the metric
             apply_chat_template=True,
             fewshot_as_multiturn=True,
-            task_manager=self._manager,
             confirm_run_unsafe_code=name in self._settings.run_code_of,
         )
         return [
@@ -68,7 +84,7 @@ class Harness:
         ]
 
     def _load(self, name: str, chosen: BenchmarkSettings, benchmark: Benchmark) -> Any:
-        """A lm-eval group of the benchmark's tasks with their data."""
+        """lm-eval's tasks of the benchmark with their data, as its TaskManager gives them."""
         import datasets
         from lm_eval.defaults import DEFAULT_RANDOM_SEED
 
@@ -88,7 +104,16 @@ class Harness:
                 f"{place}: {benchmark.title} from {tried} cannot be loaded ({type(error).__name__}: "
                 f"{_line(error)}); set benchmarks.{name}.data to a copy of the data set{also}, see docs/eval.md"
             ) from None
-        return loaded["groups"][f"npd_{name}"]
+        for task in loaded["tasks"].values():
+            rows = task.dataset[benchmark.split]
+            missing = [field for field in benchmark.fields if field not in rows.column_names or None in rows[field]]
+            if missing:  # lm-eval would write None into the prompt or want it for an answer
+                raise UserError(
+                    f"{place}: {chosen.data or 'the data set on the hub'} has rows of {task.config.task} without "
+                    f"{', '.join(missing)}; {benchmark.title} wants {', '.join(benchmark.fields)} in every row, named "
+                    f"as on the hub"
+                )
+        return loaded
 
     def _changes(self, chosen: BenchmarkSettings, benchmark: Benchmark) -> dict:
         """Of the task's definition."""
@@ -117,14 +142,19 @@ class Harness:
         return [name]
 
 
-def _generation(chosen: BenchmarkSettings, benchmark: Benchmark) -> dict | None:
-    """Changes of the task's generation_kwargs."""
-    if benchmark.metric == "acc":
-        return None
-    changes: dict[str, Any] = {"do_sample": chosen.temperature > 0, "temperature": chosen.temperature}
-    if chosen.max_new_tokens:
-        changes["max_gen_toks"] = chosen.max_new_tokens
-    return changes
+def _ask_as_chosen(task: Any, chosen: BenchmarkSettings, benchmark: Benchmark) -> None:
+    """As lm-eval's own command does with --num_fewshot, --gen_kwargs and its default seed."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    own_shots = task.get_config("num_fewshot")
+    if own_shots != 0:  # a task that says none stays without
+        task.set_config("num_fewshot", (own_shots or 0) if chosen.shots is None else chosen.shots)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    if benchmark.metric != "acc":
+        changes: dict[str, Any] = {"do_sample": chosen.temperature > 0, "temperature": chosen.temperature}
+        if chosen.max_new_tokens:
+            changes["max_gen_toks"] = chosen.max_new_tokens
+        task.set_config("generation_kwargs", changes, update=True)
 
 
 def _line(error: Exception) -> str:

@@ -157,7 +157,7 @@ def _check_rows(key: str, file: Path, benchmark: Benchmark) -> None:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{key}: {file}:{number}: not JSON ({error}); want one object per line") from None
-        missing = [field for field in benchmark.fields if not isinstance(row, dict) or field not in row]
+        missing = [field for field in benchmark.fields if not isinstance(row, dict) or row.get(field) is None]
         if missing:
             raise UserError(
                 f"{key}: {file}:{number}: has no {', '.join(missing)}; {benchmark.title} wants "
