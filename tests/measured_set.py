@@ -19,7 +19,7 @@ from test_stream import decision, rollout, score
 from npd_ascend.config import load_config
 from npd_ascend.config_file import override
 from npd_ascend.runfolder import RunFolder
-from npd_ascend.trainer.samples import kept_samples
+from npd_ascend.trainer.samples import heldout_rows, kept_samples
 
 SHARD, VOCAB = 50, 150_000
 
@@ -49,8 +49,8 @@ def main() -> None:
     with ProcessPoolExecutor(1) as another:  # memory that making them has freed would be used again
         another.submit(record, run, samples, prompt, answer, top_k).result()
         another.submit(record, grpo, SHARD, prompt, answer, top_k).result()
-    held = [kept_samples(grpo, 0)]  # what the first reader of a file imports
-    print(peak_bytes(lambda: held.append(kept_samples(run, 0))))
+    held = [kept_samples(grpo, 0), heldout_rows(grpo, 0)]  # what the first reader of a file imports
+    print(peak_bytes(lambda: held.extend([kept_samples(run, 0), heldout_rows(run, 0)])))  # as trainer/stages.py does
 
 
 if __name__ == "__main__":

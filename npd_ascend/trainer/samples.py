@@ -1,6 +1,6 @@
 """What the trainer trains on and measures: rows of the stream, and gold answers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from npd_ascend.config import Config, StageConfig
 from npd_ascend.device import open_device
@@ -17,8 +17,13 @@ _KINDS = ("rollouts", "scores", "decisions")
 
 def kept_samples(run: RunFolder, version: int) -> list[Sample]:
     """Training rows of one version: rollouts joined with scores, where the decision says kept."""
-    parts = [run.stream.read(kind, version) for kind in _KINDS]
-    return [sample for _, sample in _join_kept(run, parts, f"version {version}")]
+    kept = {decision.sample_id for decision in run.stream.read("decisions", version) if decision.kept}
+    samples: list[Sample] = []
+    for rollouts, scores in _in_shards(run, version):
+        here = [rollout for rollout in rollouts if rollout.sample_id in kept]
+        samples += (sample for _, sample in _joined(run, here, scores, f"version {version}"))
+    _check_all_there(run, kept, samples, f"version {version}")
+    return samples
 
 
 def kept_in_shards(run: RunFolder, shards: Iterable[int]) -> list[tuple[Rollout, Sample]]:
@@ -26,22 +31,39 @@ def kept_in_shards(run: RunFolder, shards: Iterable[int]) -> list[tuple[Rollout,
     rows = []
     for shard in shards:
         parts = [run.stream.read_shard(run.stream.shards(kind)[shard]) for kind in _KINDS]
-        rows += _join_kept(run, parts, f"shard {shard}")
+        rollouts, scores, decisions = parts
+        kept = {decision.sample_id for decision in decisions if decision.kept}
+        joined = _joined(run, [rollout for rollout in rollouts if rollout.sample_id in kept], scores, f"shard {shard}")
+        _check_all_there(run, kept, [sample for _, sample in joined], f"shard {shard}")
+        rows += joined
     return rows
 
 
-def _join_kept(run: RunFolder, parts: Sequence[list], where: str) -> list[tuple[Rollout, Sample]]:
-    """parts: rollouts, scores and decisions."""
-    rollouts, scores, decisions = parts
-    kept = {decision.sample_id for decision in decisions if decision.kept}
-    score_of = {score.sample_id: score for score in scores if score.sample_id in kept}
-    rollouts = [rollout for rollout in rollouts if rollout.sample_id in kept]
-    if {rollout.sample_id for rollout in rollouts} != kept or score_of.keys() != kept or len(rollouts) != len(kept):
-        raise UserError(
-            f"{run.stream.folder}: rollouts, scores and decisions of {where} do not belong together; run "
-            f"`npd rollout` and `npd score --run {run.path}` again, which make what is missing anew"
-        )
+def _in_shards(run: RunFolder, version: int) -> Iterator[tuple[list[Rollout], list[Score]]]:
+    """One after the other: of a whole set only what is asked for should be held."""
+    rollouts, scores = (run.stream.entries(kind, version) for kind in ("rollouts", "scores"))
+    for shard in sorted(rollouts):
+        score_entry = scores.get(shard)
+        yield run.stream.read_shard(rollouts[shard]), run.stream.read_shard(score_entry) if score_entry else []
+
+
+def _check_all_there(run: RunFolder, kept: set[str], samples: list[Sample], where: str) -> None:
+    if {sample.sample_id for sample in samples} != kept or len(samples) != len(kept):
+        raise _of_different_origin(run, where)
+
+
+def _of_different_origin(run: RunFolder, where: str) -> UserError:
+    return UserError(
+        f"{run.stream.folder}: rollouts, scores and decisions of {where} do not belong together; run "
+        f"`npd rollout` and `npd score --run {run.path}` again, which make what is missing anew"
+    )
+
+
+def _joined(run: RunFolder, rollouts: list[Rollout], scores: list[Score], where: str) -> list[tuple[Rollout, Sample]]:
+    score_of = {score.sample_id: score for score in scores}
     for rollout in rollouts:
+        if rollout.sample_id not in score_of:
+            raise _of_different_origin(run, where)
         if (scored := len(score_of[rollout.sample_id].teacher_topk_ids)) != rollout.answer_len:
             raise UserError(
                 f"{run.stream.folder}: {rollout.sample_id} of {where} has {rollout.answer_len} answer tokens and "
@@ -85,9 +107,18 @@ def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
 
 def read_heldout_set(run: RunFolder, version: int, mesh: Mesh) -> Heldout:
     """Held-out rollouts of version 0, and of `version` for the drift from it."""
-    stream = run.stream
-    newest = [rollout for rollout in stream.read("rollouts", version) if rollout.heldout]
-    return _heldout(run, stream.read("rollouts", 0), stream.read("scores", 0), newest, mesh)
+    rollouts, scores = heldout_rows(run, 0)
+    return _heldout(run, rollouts, scores, rollouts if version == 0 else heldout_rows(run, version)[0], mesh)
+
+
+def heldout_rows(run: RunFolder, version: int) -> tuple[list[Rollout], list[Score]]:
+    rollouts: list[Rollout] = []
+    scores: list[Score] = []
+    for rollouts_here, scores_here in _in_shards(run, version):
+        names = {rollout.sample_id for rollout in rollouts_here if rollout.heldout}
+        rollouts += (rollout for rollout in rollouts_here if rollout.sample_id in names)
+        scores += (score for score in scores_here if score.sample_id in names)
+    return rollouts, scores
 
 
 def heldout_in_shards(run: RunFolder, shards: Iterable[int], mesh: Mesh) -> Heldout:
