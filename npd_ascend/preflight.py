@@ -1,7 +1,6 @@
 """Everything that can be known to be wrong before anything is trained, and the plan in words."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -15,13 +14,11 @@ from npd_ascend.model.families import DecoderConfig, read_config
 from npd_ascend.model.hf_weights import check_hf_weights
 from npd_ascend.model.load import choose_kernels
 from npd_ascend.pacing import Pacing, open_pacing
-from npd_ascend.parallel.launch import ranks_of
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.placement import check_cards
-from npd_ascend.planner.command import check_that_it_fits
-from npd_ascend.planner.memory import set_bytes
+from npd_ascend.planner.command import check_that_it_fits, held_of_a_set
+from npd_ascend.planner.rates import host_memory
 from npd_ascend.prompts import Wanted, grpo_shards, read_heldout, wanted_shards
-from npd_ascend.ranks import this_node
 from npd_ascend.records import Prompt
 from npd_ascend.rewards.functions import check_installed
 from npd_ascend.rollout.vllm_versions import require_vllm
@@ -73,8 +70,8 @@ def check_run(config: Config) -> str:
         lines.append(_grpo_line(config, tokenizer, heldout))
     lines.append(f"evaluate {len(heldout)} held-out prompts")
     _check_disk(config, student, sum(map(len, shards)))
-    if config.npd and not config.npd.stream:
-        _check_host_memory(config, shards)
+    if config.npd and not config.npd.stream and "distill" in roles_to_do(config, len(shards)):
+        _warn_of_host_memory(config, shards)
     if config.npd and not Stream(config.run.folder / "stream").entries("scores", 0):
         lines.append(_check_teacher(config, tokenizer, heldout))
     return "\n".join(lines)
@@ -211,16 +208,19 @@ def _check_disk(config: Config, student: DecoderConfig, samples: int) -> None:
         )
 
 
-def _check_host_memory(config: Config, shards: list[list[Wanted]]) -> None:
-    """Every rank of the trainer reads all of a set; without this it would be killed after the set was made."""
+def _warn_of_host_memory(config: Config, shards: list[list[Wanted]]) -> None:
+    """A trainer that takes too much is killed after the set was made; how long its answers are is not known before."""
     prompts = [len(prompt.token_ids) for shard in shards for prompt, _ in shard]
-    answer, ranks = config.rollout.max_new_tokens, len(ranks_of(this_node(), config.parallel.tp * config.parallel.dp))
-    need = ranks * set_bytes(len(prompts), sum(prompts) / len(prompts) + answer, answer, config.teacher.top_k)
-    if (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < need:
-        raise UserError(
-            f"npd: a set of {len(prompts)} rollouts, all of which each of the trainer's ranks holds, takes up to "
-            f"{need / 1e9:.0f} GB of this host's memory for {ranks}, and it has {there / 1e9:.0f} GB; lower "
-            f"data.prompts.count or rollout.samples_per_prompt, or set npd.stream, which reads shard by shard"
+    ranks, of_one = held_of_a_set(config, len(prompts), sum(prompts) / len(prompts))
+    if (there := host_memory()) < ranks * of_one:
+        _log.warning(
+            "npd: a set of %d rollouts, all of which each of the trainer's ranks holds, takes up to %.0f GB of this "
+            "host's memory for %d, and it has %.0f GB; if answers are not much shorter than rollout.max_new_tokens, "
+            "lower data.prompts.count or rollout.samples_per_prompt, or set npd.stream, which reads shard by shard",
+            len(prompts),
+            ranks * of_one / 1e9,
+            ranks,
+            there / 1e9,
         )
 
 

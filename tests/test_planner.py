@@ -21,13 +21,13 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import PLAIN, Decoder, recomputed
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.plan import cut_model
-from npd_ascend.planner.command import _Asked
+from npd_ascend.planner.command import HEADROOM, _Asked, held_of_a_set
 from npd_ascend.planner.layer import Live, count_layer, silent_mesh
 from npd_ascend.planner.memory import (
     Layout,
     beside_reference,
+    bytes_of_set,
     rollout_memory,
-    set_bytes,
     teacher_memory,
     trainer_memory,
 )
@@ -165,24 +165,32 @@ def test_within_15_percent_of_a_real_set(prompt_tokens, answer_tokens, top_k, tm
     # as above; Arrow keeps some megabytes else
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "ARROW_DEFAULT_MEMORY_POOL": "system"}
     measured = int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-    planned = set_bytes(samples, tokens, answer_tokens, top_k)
+    planned = bytes_of_set(samples, tokens, answer_tokens, top_k)
     print(f"{measured / samples:.0f} bytes a sample, planned {planned / measured:.3f} of it")
     assert planned == pytest.approx(measured, rel=0.15)
     for wrong in (
-        set_bytes(samples, 2 * tokens, answer_tokens, top_k),
-        set_bytes(samples, tokens, 0, top_k),  # what belongs to an answer's tokens forgotten
+        bytes_of_set(samples, 2 * tokens, answer_tokens, top_k),
+        bytes_of_set(samples, tokens, 0, top_k),  # what belongs to an answer's tokens forgotten
     ):
         assert wrong != pytest.approx(measured, rel=0.15)
 
 
-def test_a_set_that_the_host_cannot_hold_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(preflight, "set_bytes", lambda samples, *_: samples * 10**9)
-    with pytest.raises(
-        UserError, match=r"npd: a set of 105 rollouts, .* takes up to 105 GB of this host's .* for 1, and it has"
-    ):
-        preflight.check_run(
-            load_config(CONFIGS / "addition_cpu.yaml", ["data.prompts.count=90", "data.heldout.count=15"])
-        )
+def test_a_set_that_the_host_may_not_hold_is_said_before_it_is_made(tmp_path, monkeypatch, caplog):
+    """Once more where it is not to be trained on any more, and where each of two nodes has one of the two ranks."""
+    monkeypatch.setattr(preflight, "host_memory", lambda: 100_000)
+    asked = ["data.prompts.count=90", "data.heldout.count=15", f"run.folder={tmp_path}"]
+    preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", asked))
+    assert re.search(r"npd: a set of 105 rollouts, .* takes up to 0 GB of this host's .* for 1, and it", caplog.text)
+    caplog.clear()
+    two = load_config(CONFIGS / "addition_cpu.yaml", [*asked, "parallel.dp=2"])
+    alone, of_one = held_of_a_set(two, 105, 9.5)
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert (alone, *held_of_a_set(two, 105, 9.5)) == (2, 1, of_one)
+    monkeypatch.delenv("NNODES")
+    monkeypatch.setattr(preflight, "roles_to_do", lambda *_: {"grpo"})
+    preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", asked))
+    assert not caplog.text
 
 
 def _kept_by_a_real_layer(mesh, config, recompute):
@@ -325,6 +333,17 @@ def test_a_run_on_npus_that_does_not_fit_is_refused_without_npd_plan(large_stude
         UserError, match=r"^distill needs 8\d.\d GiB of a card and 60.7 GiB are there .100% of .*fits: "
     ):
         preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", [*words, "npd.pack_tokens=32768"]))
+
+
+def test_the_way_out_has_the_limit_and_the_roles_of_the_refusal(large_student):
+    """npd run takes all of a card, npd plan a tenth less, and a stage that is done asks for nothing."""
+    words = [f"student.path={large_student}", "sft=null", "student.init=pretrained", "data.prompts.count=8"]
+    asked = _Asked(load_config(CONFIGS / "addition_cpu.yaml", [*words, "parallel.dp=2"]), ASCEND)
+    layouts = [asked.plan(layout) for layout in asked._other_layouts()]
+    distill = min((one for plan in layouts for one in plan.memory if one.role == "distill"), key=lambda one: one.peak)
+    asked._hardware = replace(ASCEND, memory=replace(ASCEND.memory, value=distill.peak / 0.95 + ASCEND.idle.value))
+    assert asked.way_out(distill, 1.0, {"distill"}).startswith("this fits: ")
+    assert asked.way_out(distill, HEADROOM, {"distill"}).startswith("no layout of these cards fits")
 
 
 @pytest.mark.parametrize("sft", [[], ["sft=null", "student.init=pretrained"]])

@@ -10,6 +10,7 @@ from npd_ascend.config import Config
 from npd_ascend.device import DTYPES, NPU, group_bytes
 from npd_ascend.errors import UserError
 from npd_ascend.model.families import read_config
+from npd_ascend.parallel.launch import ranks_of
 from npd_ascend.parallel.plan import refusal
 from npd_ascend.planner.fused import countable
 from npd_ascend.planner.memory import (
@@ -17,14 +18,15 @@ from npd_ascend.planner.memory import (
     Layout,
     Memory,
     beside_reference,
+    bytes_of_set,
     rollout_memory,
-    set_bytes,
     teacher_memory,
     trainer_memory,
 )
 from npd_ascend.planner.rates import ASCEND, Hardware, this_host
 from npd_ascend.planner.timing import Samples, StageTime, Workload, answering, cycle, train_tokens_per_s, training
 from npd_ascend.prompts import Wanted, grpo_shards, wanted_shards
+from npd_ascend.ranks import this_node
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.samples import gold_samples
 
@@ -48,29 +50,43 @@ def print_plan(config: Config) -> None:
     print(f"plan of {config.run.name} on {hardware.name}\n{plan.layout}\n")
     print(table(plan))
     if config.npd and not config.npd.stream:
-        ranks, of_one = asked.layout.tp * asked.layout.dp, asked.set_bytes
-        print(f"\nthe host holds a set of rollouts for every rank of the trainer: {ranks} x {size(of_one)}iB")
+        ranks, of_one = held_of_a_set(config, asked.work.samples, asked.work.prompt_tokens)
+        print(f"\na host holds a set of rollouts for every rank of the trainer: up to {ranks} x {size(of_one)}iB")
     print()
     print(rates_table(hardware))
-    _refuse_too_large(asked, plan, HEADROOM)
+    _refuse_too_large(asked, plan, HEADROOM, {memory.role for memory in plan.memory})
 
 
 def check_that_it_fits(config: Config, roles: Container[str]) -> None:
     """The same UserError where not even all of a card would do for one of these roles, and nothing printed."""
     asked = _Asked(config, _hardware(config.device.kind))
-    plan = asked.plan(asked.layout)
-    _refuse_too_large(asked, replace(plan, memory=[one for one in plan.memory if one.role in roles]), 1.0)
+    _refuse_too_large(asked, asked.plan(asked.layout), 1.0, roles)
 
 
-def _refuse_too_large(asked: "_Asked", plan: Plan, share: float) -> None:
-    """share: of what is free of a card; the limits of the plan are HEADROOM of it."""
-    for memory in plan.memory:
+def held_of_a_set(config: Config, samples: int, prompt_tokens: float) -> tuple[int, int]:
+    """(the trainer's ranks on this node, bytes of its memory that each of them holds of a set at most): every answer
+    as long as it may be, and all of them kept. prompt_tokens: their mean."""
+    answer, parallel = config.rollout.max_new_tokens, config.parallel
+    of_one = bytes_of_set(samples, prompt_tokens + answer, answer, config.teacher.top_k)
+    return len(ranks_of(this_node(), parallel.tp * parallel.dp)), of_one
+
+
+def _refuse_too_large(asked: "_Asked", plan: Plan, share: float, roles: Container[str]) -> None:
+    for memory in _too_large(plan, share, roles):
         limit = plan.limits[memory.role] * share / HEADROOM
-        if memory.peak > limit:
-            raise UserError(
-                f"{memory.role} needs {size(memory.peak)}iB of a card and {size(limit)}iB are there "
-                f"({share:.0%} of what is free when idle); {asked.way_out(memory)}"
-            )
+        raise UserError(
+            f"{memory.role} needs {size(memory.peak)}iB of a card and {size(limit)}iB are there "
+            f"({share:.0%} of what is free when idle); {asked.way_out(memory, share, roles)}"
+        )
+
+
+def _too_large(plan: Plan, share: float, roles: Container[str]) -> list[Memory]:
+    """share: of what is free of a card; the limits of the plan are HEADROOM of it."""
+    return [
+        memory
+        for memory in plan.memory
+        if memory.role in roles and memory.peak > plan.limits[memory.role] * share / HEADROOM
+    ]
 
 
 def _hardware(kind: str) -> Hardware:
@@ -106,16 +122,10 @@ class _Asked:
             # every pass of a stream has prompts of its own
             passes = 1 if config.npd.stream else config.npd.epochs
             shards = wanted_shards(config, tokenizer)
-            self._work, self._longest_prompt = self._workload(shards, passes, len(config.npd.phases))
+            self.work, self._longest_prompt = self._workload(shards, passes, len(config.npd.phases))
         if config.grpo:
             self._grpo_work, self._longest_problem = self._workload(grpo_shards(config, tokenizer), 1, 1)
         self.layout = self._with_packs_of(self.layout, self.layout.section)
-
-    @property
-    def set_bytes(self) -> int:
-        """What a rank of the trainer holds of the host's memory for the rollouts of a set."""
-        work = self._work
-        return set_bytes(work.samples, work.mean.tokens, work.answer_tokens, self._config.teacher.top_k)
 
     def _workload(self, shards: list[list[Wanted]], epochs: int, sets: int) -> tuple[Workload, int]:
         """And the tokens of the longest prompt."""
@@ -137,7 +147,7 @@ class _Asked:
         if section == "grpo":
             packs = stage.groups_per_step * stage.group_size * self._grpo_work.mean.tokens / tokens
         elif section == "npd" and stage.stream:
-            packs = stage.stream.shards_per_step * config.rollout.batch_size * self._work.mean.tokens / tokens
+            packs = stage.stream.shards_per_step * config.rollout.batch_size * self.work.mean.tokens / tokens
         else:
             packs = stage.packs_per_step
         return replace(layout, pack_tokens=tokens, packs_per_rank=math.ceil(packs / layout.dp))
@@ -195,7 +205,7 @@ class _Asked:
             with countable(config.kernels) as kernels:
                 pack_tokens = config.teacher.pack_tokens
                 roles.append(teacher_memory(teacher, self._student, dtypes, pack_tokens, device=kind, kernels=kernels))
-        return [*roles, self._trainer("distill", layout, int(self._work.mean.answer_share * layout.pack_tokens))]
+        return [*roles, self._trainer("distill", layout, int(self.work.mean.answer_share * layout.pack_tokens))]
 
     def _rollout(self, role: str, longest_prompt: int) -> Memory:
         rollout = self._config.rollout
@@ -236,17 +246,18 @@ class _Asked:
             (read_config(config.teacher.path), DTYPES[config.teacher.dtype]),
             self._generator(),
             layout,
-            self._work,
+            self.work,
             self._hardware,
             processes=(config.processes.rollout, config.processes.teacher),
         )
 
-    def way_out(self, memory: Memory) -> str:
+    def way_out(self, memory: Memory, share: float, roles: Container[str]) -> str:
         if memory.role.endswith("rollout"):
             return "lower rollout.batch_size, rollout.kv_cache_gib or rollout.max_new_tokens"
         if memory.role == "teacher":
             return "lower teacher.pack_tokens, or put the teacher behind a server (teacher.engine=served)"
-        fitting = [plan for plan in map(self.plan, self._other_layouts()) if not self._trainer_too_large(plan)]
+        trainers = {role for role in ("sft", "distill", "grpo") if role in roles}
+        fitting = [plan for plan in map(self.plan, self._other_layouts()) if not _too_large(plan, share, trainers)]
         if not fitting:
             return "no layout of these cards fits; take more cards or a smaller student"
         longest = max(plan.layout.pack_tokens for plan in fitting)
@@ -261,15 +272,11 @@ class _Asked:
         }
         return f"this fits: {best.layout}" + "".join(f" {name}.pack_tokens={n}" for name, n in shorter.items())
 
-    @staticmethod
-    def _trainer_too_large(plan: Plan) -> bool:
-        return any(m.peak > plan.limits[m.role] for m in plan.memory if m.role in ("sft", "distill", "grpo"))
-
     def _other_layouts(self) -> Iterator[Layout]:
         """Every way to cut the model over the same cards; shorter packs only while no longer one was there."""
         cards = self.layout.tp * self.layout.dp
         packs = self.layout.packs_per_rank * self.layout.dp
-        works = {"npd": lambda: self._work.mean.tokens, "grpo": lambda: self._grpo_work.mean.tokens}
+        works = {"npd": lambda: self.work.mean.tokens, "grpo": lambda: self._grpo_work.mean.tokens}
         shortest = works.get(self.layout.section, lambda: self._gold_tokens / self._gold_samples)()
         tokens = self.layout.pack_tokens
         while tokens >= shortest and tokens * 8 >= self.layout.pack_tokens:

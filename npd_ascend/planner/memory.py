@@ -165,7 +165,7 @@ def _local_sizes(config: DecoderConfig, mesh: Mesh, dp: int) -> _Sizes:
     return _Sizes(sum(p.numel() for p in parameters), own, model.head_weight_VD.numel())
 
 
-def set_bytes(samples: int, tokens: float, answer_tokens: float, top_k: int) -> int:
+def bytes_of_set(samples: int, tokens: float, answer_tokens: float, top_k: int) -> int:
     """Of the host's memory, what a rank holds of a set of rollouts and scores that it trains on. tokens: means.
 
     A token id is an object of Python and a pointer to it; the answer's log-probs of student, teacher and top-k are

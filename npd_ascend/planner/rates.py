@@ -78,9 +78,14 @@ ASCEND = Hardware(
 )
 
 
+def host_memory() -> int:
+    """Bytes, whoever uses them."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def this_host() -> Hardware:
     """The CPU this runs on; its products are timed now, which takes a second."""
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ram = host_memory()
     free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
     threads = torch.get_num_threads()
     return Hardware(
