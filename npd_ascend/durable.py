@@ -87,7 +87,11 @@ def only_process(path: Path, refusal: str) -> Iterator[None]:
     """Hold a lock on the file; UserError(refusal) if a living process has it. The lock dies with its owner."""
     for _ in range(20):  # a killed predecessor may take a moment to be gone
         make_folder(path.parent)
-        with path.open("w") as file:
+        try:
+            file = path.open("w")
+        except FileNotFoundError:  # its last owner has removed the folder just now
+            continue
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

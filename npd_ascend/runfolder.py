@@ -158,7 +158,8 @@ def leave_run(run: RunFolder) -> None:
     """Take away what enter_run, the log and the lock of `npd run` made, if nothing of the run is there."""
     if (run.path / "config.yaml").exists():
         return
-    for file in (run.logs / "run.lock", run.logs / "run.log"):
+    # the lock last: who waits for it makes a log of its own
+    for file in (run.logs / "run.log", run.logs / "run.lock"):
         if file.exists() and not file.stat().st_size:
             file.unlink()
     with suppress(OSError):  # something else is in them

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import CONFIGS
 
+from npd_ascend import durable
 from npd_ascend.config import load_config
 from npd_ascend.durable import commit_file, commit_folder, keep_first, only_process
 from npd_ascend.errors import UserError
@@ -208,6 +209,20 @@ def test_the_first_of_two_who_both_saw_nothing_stands(tmp_path):
             return found
 
     assert keep_first(Overtaken(tmp_path / "kept"), "second") == "first"
+
+
+def test_a_lock_whose_folder_is_removed_just_now_is_taken(tmp_path, monkeypatch):
+    made = []
+
+    def make_folder(folder):
+        folder.mkdir(exist_ok=True)
+        made.append(folder)
+        if len(made) == 1:  # by the owner before, who leaves
+            folder.rmdir()
+
+    monkeypatch.setattr(durable, "make_folder", make_folder)
+    with only_process(tmp_path / "logs" / "run.lock", "busy"):
+        assert len(made) == 2
 
 
 def test_a_lock_that_its_owner_took_away_keeps_out_who_comes_after_who_waited(tmp_path):
