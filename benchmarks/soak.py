@@ -35,6 +35,7 @@ from npd_ascend.config import GrpoConfig
 from npd_ascend.pacing import open_grpo_pacing, open_pacing
 from npd_ascend.runfolder import RunFolder, reopen_run
 from npd_ascend.tokenizer import ChatTokenizer
+from npd_ascend.trainer.policy_loss import group_advantages
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 BOTH = ["data.gold.count=200", "data.heldout.count=60", "device.threads=1"]
@@ -203,7 +204,7 @@ def _say_something(decisions: list, grpo: GrpoConfig | None) -> list[bool]:
         return [decision.kept for decision in decisions]
     rewards = [row.reward for row in decisions]
     groups = [rewards[at : at + grpo.group_size] for at in range(0, len(rewards), grpo.group_size)]
-    return [len(set(group)) > 1 for group in groups for _ in group]
+    return [advantage is not None for group in groups for advantage in group_advantages(group)]
 
 
 def _too_old(run: RunFolder) -> list[str]:

@@ -19,7 +19,7 @@ REASONS = {
     "too_long": "more than filters.max_tokens, or than npd.pack_tokens",
     "repetition": "repeats itself above filters.max_repetition",
     "duplicate": "same answer to the same prompt stands earlier; rollout.temperature tells answers apart",
-    "ifd_undefined": "s(y) is zero or a score is not finite; filters.ifd_form: perplexity divides by no s(y)",
+    "ifd_undefined": "s(y) is zero, or its perplexity overflows: one of the two forms of filters.ifd_form has no value",
     "ifd_below_zero": "Δ-IFD < 0, the student is less sure of its own answer than the teacher: filters.drop_below_zero",
     "ifd_above_tau": "Δ-IFD above the limit of filters.tau: sure student, surprised teacher",
     "kept": "trained on",
