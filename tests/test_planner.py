@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -55,6 +56,11 @@ TIED = DecoderConfig(  # 30M, 12M of them embedding
     tie_embeddings=True,
     **COMMON,
 )
+# hidden, intermediate, layers, heads, heads of keys and values, vocabulary, whether the head is the embedding
+PANGU_1B = (1536, 6144, 26, 12, 6, 153376, True)
+PANGU_7B = (4096, 12800, 34, 32, 8, 153376, False)
+QWEN_1_5B = (1536, 8960, 28, 12, 2, 151936, True)
+QWEN_7B = (3584, 18944, 28, 28, 4, 152064, False)
 UNTIED = DecoderConfig(  # 27M
     hidden_size=512,
     intermediate_size=1536,
@@ -301,11 +307,15 @@ def test_tokens_of_a_cycle_by_hand():
 @pytest.fixture
 def large_student(addition_student):
     """openPangu-Embedded-1B's shape with the addition tokenizer: enough for a plan, which reads no weights."""
-    path = addition_student / "config.json"
-    raw = json.loads(path.read_text()) | {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 26}
-    raw |= {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 128, "max_position_embeddings": 32768}
-    path.write_text(json.dumps(raw | {"vocab_size": 153376}))
-    return addition_student
+    return _shaped(addition_student, PANGU_1B)
+
+
+def _shaped(folder: Path, shape: tuple[int, ...]) -> Path:
+    path = folder / "config.json"
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    raw = json.loads(path.read_text()) | dict(zip((*names, "vocab_size", "tie_word_embeddings"), shape, strict=True))
+    path.write_text(json.dumps(raw | {"head_dim": 128, "max_position_embeddings": 32768}))
+    return folder
 
 
 def test_a_layout_that_cannot_fit_is_refused_with_one_that_does(large_student, capsys):
@@ -370,16 +380,25 @@ def test_the_reference_of_grpo_is_one_more_student():
 
 
 @pytest.mark.parametrize(
-    ("name", "role"),
-    [("sft", "gold"), ("npd", "prompts"), ("grpo", "problems"), ("../../openpangu_1b_8npu", "prompts")],
+    ("name", "roles", "student", "teacher"),
+    [
+        ("repro/openpangu_1b/sft", ["gold"], PANGU_1B, None),
+        ("repro/openpangu_1b/npd", ["prompts"], PANGU_1B, PANGU_7B),
+        ("repro/openpangu_1b/grpo", ["problems"], PANGU_1B, None),
+        ("openpangu_1b_8npu", ["prompts"], PANGU_1B, PANGU_7B),
+        ("repro/qwen25_math/run", ["gold", "prompts"], QWEN_1_5B, QWEN_7B),
+        ("repro/qwen25_coder/run", ["gold", "prompts"], QWEN_1_5B, QWEN_7B),
+    ],
 )
-def test_what_is_shipped_for_npus_fits_a_card(large_student, name, role):
-    """Of the models only the student's shape is known here; prompts are sums."""
-    words = [f"student.path={large_student}", "data.heldout={kind: addition, first: 1, count: 8}"]
-    words.append(f"data.{role}={{kind: addition, first: 10000, count: 64}}")
-    words += [f"teacher.path={large_student}"] if role == "prompts" else []
-    config = load_config(CONFIGS / "repro" / "openpangu_1b" / f"{name}.yaml", words)
-    asked = _Asked(config, ASCEND)
+def test_what_is_shipped_for_npus_fits_a_card(addition_student, tmp_path, name, roles, student, teacher):
+    """Of the models only the shapes are known here; prompts are sums."""
+    words = ["data.heldout={kind: addition, first: 1, count: 8}"]
+    words += [f"data.{role}={{kind: addition, first: 10000, count: 64}}" for role in roles]
+    if teacher:
+        shutil.copytree(addition_student, tmp_path / "teacher")
+        words.append(f"teacher.path={_shaped(tmp_path / 'teacher', teacher)}")
+    words.append(f"student.path={_shaped(addition_student, student)}")
+    asked = _Asked(load_config(CONFIGS / f"{name}.yaml", words), ASCEND)
     plan = asked.plan(asked.layout)
     assert [memory.role for memory in plan.memory if memory.peak > plan.limits[memory.role]] == []
 
