@@ -31,6 +31,13 @@ def test_math_verify_sees_through_notation():
     pytest.importorskip("math_verify", reason="pip install -r requirements-rewards.txt")
     assert reward_of("math_verify", answer("so it is $\\frac{1}{2}$", "0.5")) == 1.0
     assert reward_of("math_verify", answer("so it is $\\frac{1}{3}$", "0.5")) == 0.0
+    assert reward_of("math_verify", answer("so it is not known", "0.5")) == 0.0
+
+
+def test_what_math_verify_stumbles_over_is_not_a_wrong_answer():
+    pytest.importorskip("math_verify", reason="pip install -r requirements-rewards.txt")
+    with pytest.raises(Exception, match="could not parse"):
+        reward_of("math_verify", answer(f"so it is ${'9' * 5000}$", "0.5"))
 
 
 def test_reasoning_gym_finds_the_problem_again():

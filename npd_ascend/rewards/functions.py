@@ -48,14 +48,16 @@ def exact_match(text: str, reference: str) -> float:
 def math_verify_match(text: str, reference: str) -> float:
     """1 if math-verify finds the two mathematically equal; `reference` is LaTeX or a number without $ around it.
 
-    Its own time limits are off: they need signals of the main thread, and the caller has one that always works.
+    Its own time limits are off: they need signals of the main thread, and the caller has one that always works. What
+    it stumbles over is raised and not taken for wrong.
     """
     from math_verify import parse, verify
 
-    gold = parse(f"${reference}$", parsing_timeout=None)
+    gold = parse(f"${reference}$", parsing_timeout=None, raise_on_error=True)
     if not gold:
         raise ValueError(f"math-verify cannot read the reference answer {reference!r}")
-    return float(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))
+    given = parse(text, parsing_timeout=None, raise_on_error=True)
+    return float(verify(gold, given, timeout_seconds=None, raise_on_error=True))
 
 
 def format_match(whole_text: str, pattern: str) -> float:
