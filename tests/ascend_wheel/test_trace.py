@@ -9,9 +9,9 @@ import torch_npu
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tracing import NPU, PANGU_1B, Watch, fake_batch, fake_decoder, objective, tracing
 
-from npd_ascend.config import OptimizerConfig
+from npd_ascend.config import GrpoConfig, OptimizerConfig
 from npd_ascend.parallel.mesh import ALONE, Mesh
-from npd_ascend.trainer.objectives import batch_loss
+from npd_ascend.trainer.objectives import Objective, batch_loss, with_reference
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.step import train_step
 from npd_kernels import streaming
@@ -170,3 +170,31 @@ def test_a_whole_step_of_openpangu_1b(layout, recompute, packs, meshes):
     assert watch.waits == ["aten::_local_scalar_dense"] * 2
     if mesh.tp > 1:
         assert any(name.startswith("c10d::") for name in watch.operators)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Objective(),
+        Objective(lambda_=0.9, targets="tail"),
+        Objective(lambda_=0.9, targets="tail", divergence="reverse", normalise="sample"),
+        Objective(lambda_=0.9, targets="tail", divergence="jsd"),
+        Objective(grpo=GrpoConfig(steps=2)),
+        Objective(grpo=GrpoConfig(steps=2, kl_weight=0.1)),
+    ],
+    ids=["SFT", "tail", "reverse", "jsd", "GRPO", "GRPO with a reference"],
+)
+def test_no_objective_waits_for_a_pack(asked):
+    def waits(packs: int) -> list[str]:
+        with tracing() as watch:
+            model, reference = fake_decoder(ONE_LAYER), fake_decoder(ONE_LAYER)
+            optimizer = MasterAdamW(model, OptimizerConfig(), ALONE)
+            watch.waits.clear()
+            batches = [fake_batch(LENS, 10, of=asked) for _ in range(packs)]
+            if asked.grpo and asked.grpo.kl_weight:
+                batches = [with_reference(batch, reference, asked) for batch in batches]
+            train_step(model, batches, optimizer, asked, weight_sum=1.0, lr=1e-5)
+        return watch.waits
+
+    # the norm of the gradient, and the loss with what is watched
+    assert waits(1) == waits(3) == ["aten::_local_scalar_dense"] * (2 + len(asked.watched))

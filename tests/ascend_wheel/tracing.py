@@ -110,8 +110,8 @@ def fake_decoder(config: DecoderConfig, recompute: str = "off", mesh: Mesh = ALO
     return model
 
 
-def fake_batch(sample_lens: list[int], top_k: int, mesh: Mesh = ALONE) -> Batch:
-    """A pack whose samples are one third prompt, with the targets of NPD."""
+def fake_batch(sample_lens: list[int], top_k: int, mesh: Mesh = ALONE, of: Objective | None = None) -> Batch:
+    """A pack whose samples are one third prompt, with the targets of `of`, or of NPD."""
     samples = [
         Sample(
             sample_id=str(at),
@@ -119,10 +119,12 @@ def fake_batch(sample_lens: list[int], top_k: int, mesh: Mesh = ALONE) -> Batch:
             prompt_len=max(1, length // 3),
             teacher_topk_ids=np.ones((length - max(1, length // 3), top_k), np.int32),
             teacher_topk_logprobs=np.zeros((length - max(1, length // 3), top_k), np.float32),
+            advantage=1.0,
+            generator_logprobs=np.zeros(length - max(1, length // 3), np.float32),
         )
         for at, length in enumerate(sample_lens)
     ]
-    return make_batch(samples, objective(), NPU, mesh.row_multiple)
+    return make_batch(samples, of or objective(), NPU, mesh.row_multiple)
 
 
 def traced_step(config: DecoderConfig, pack: list[int], recompute: str, mesh: Mesh) -> tuple[Watch, int, Batch]:
