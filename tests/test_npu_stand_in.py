@@ -99,6 +99,21 @@ for dtype in (torch.float32, torch.bfloat16):
     assert python(environment | {"PYTHONPATH": paths}, "-c", code).split() == ["[]"] * 12
 
 
+def test_the_doctor_asks_the_device_and_not_the_host(environment):
+    """Sums over tp 2 x dp 2 by ranks with a card each, products and attention."""
+    code = """
+from npd_ascend.device import open_device
+from npd_ascend.doctor.collectives import collective_findings
+from npd_ascend.doctor.compute import compute_findings
+
+for finding in collective_findings("npu", 2, 2) + compute_findings(open_device("npu", 0), ["sdpa"]):
+    print(finding.check.replace(" ", "_"), finding.status)
+"""
+    said = dict(line.split() for line in python(environment, "-c", code).splitlines())
+    assert list(said.values()) == ["ok"] * 6, said
+    assert {"all_reduce_over_tp=2", "all_reduce_over_dp=2", "product,_bfloat16"} <= said.keys()
+
+
 def test_what_the_kernels_send_each_other_is_on_the_cards(environment, tmp_path):
     code = """
 import sys
