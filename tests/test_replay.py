@@ -34,7 +34,17 @@ SMALL = [
     "filters.tau=0.95",
     "device.threads=1",
 ]
-OTHER = ["npd.lambda=0.5", "npd.normalise=sample", "npd.targets=tail", "teacher.top_k=3", "filters.tau=0.6"]
+OTHER = [
+    "npd.lambda=0.5",
+    "npd.normalise=sample",
+    "npd.targets=tail",
+    "npd.divergence=reverse",
+    "npd.pack_tokens=256",
+    "npd.packs_per_step=3",
+    "teacher.top_k=3",
+    "filters.tau=0.6",
+    "filters.ifd_form=perplexity",
+]
 
 
 def refused(*words: str | Path) -> str:
