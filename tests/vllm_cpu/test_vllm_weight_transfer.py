@@ -66,7 +66,7 @@ class Run:
             assert np.abs(done.logprobs - logprobs).max() < 1e-4
 
 
-@pytest.fixture(scope="module", params=["llama", "pangu"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "pangu"])
 def run(request, tmp_path_factory):
     run = Run(request.param, tmp_path_factory.mktemp("run"))
     yield run
