@@ -172,14 +172,9 @@ def test_several_ranks_give_the_student_of_one(reference, tmp_path, tp, dp):
         assert here == pytest.approx(there, abs=within), name
 
 
-def test_a_reward_that_hangs_is_counted_and_named_and_leaves_its_group(tmp_path, caplog):
-    """A pattern that backtracks for ever on one answer of the first group; the three others are judged."""
-    overrides = ["grpo.rewards={format: 1}", "grpo.format='(1+)+2'", "grpo.steps=1", "grpo.groups_per_step=1"]
-    run = open_run(load_config(CONFIG, [*SMALL, *overrides, "grpo.reward_timeout_s=1.0", f"run.folder={tmp_path}/run"]))
-    tokenizer = ChatTokenizer(run.config.student.path)
-    (wanted,) = grpo_shards(run.config, tokenizer)
+def answered(tokenizer, shard, texts) -> list[Rollout]:
     rollouts = []
-    for (prompt, index), text in zip(wanted, ["12", "1" * 40, "3", "112"], strict=True):
+    for (prompt, index), text in zip(shard, texts, strict=True):
         answer = tokenizer.encode_answer(text)
         rollouts.append(
             Rollout(
@@ -193,6 +188,16 @@ def test_a_reward_that_hangs_is_counted_and_named_and_leaves_its_group(tmp_path,
                 finish_reason="stop",
             )
         )
+    return rollouts
+
+
+def test_a_reward_that_hangs_is_counted_and_named_and_leaves_its_group(tmp_path, caplog):
+    """A pattern that backtracks for ever on one answer of the first group; the three others are judged."""
+    overrides = ["grpo.rewards={format: 1}", "grpo.format='(1+)+2'", "grpo.steps=1", "grpo.groups_per_step=1"]
+    run = open_run(load_config(CONFIG, [*SMALL, *overrides, "grpo.reward_timeout_s=1.0", f"run.folder={tmp_path}/run"]))
+    tokenizer = ChatTokenizer(run.config.student.path)
+    (wanted,) = grpo_shards(run.config, tokenizer)
+    rollouts = answered(tokenizer, wanted, ["12", "1" * 40, "3", "112"])
     run.for_grpo().stream.commit("rollouts", 0, 0, rollouts)
     with caplog.at_level("WARNING"):
         run_rewards(run)
@@ -204,6 +209,46 @@ def test_a_reward_that_hangs_is_counted_and_named_and_leaves_its_group(tmp_path,
     assert (row["reward/failed"], row["reward/timeouts"]) == (1, 1)
     half = 0.5**0.5
     assert _advantages(rewards, 4) == [pytest.approx(half), None, pytest.approx(-2 * half), pytest.approx(half)]
+
+
+SPEAKING, EQUAL = [1.0, 0.0, 0.5, 0.0], [1.0] * 4
+
+
+def trained_with(folder: Path, silent: list[str]):
+    """Three steps of two groups on weights of one version; what says nothing are the answers in `silent`."""
+    more = ["sft=null", f"student.path={CONFIGS / 'addition' / 'teacher'}", "student.init=pretrained"]
+    more += ["grpo.steps=3", "grpo.groups_per_step=2", "grpo.publish_every=3", "grpo.kl_weight=0.5"]
+    more += ["grpo.normalise=token"]  # what is left out is then seen in the divisor too
+    run = open_run(load_config(CONFIG, [*(s for s in SMALL if "sft" not in s), *more, f"run.folder={folder}"]))
+    tokenizer, stream = ChatTokenizer(run.config.student.path), run.for_grpo().stream
+    steps = [(SPEAKING, SPEAKING), (SPEAKING, EQUAL), (EQUAL, EQUAL)]
+    for step, (shard, groups) in enumerate(zip(grpo_shards(run.config, tokenizer), steps, strict=True)):
+        texts = [text for group in groups for text in (silent if group is EQUAL else ["12", "1", "3456", "789"])]
+        rollouts = answered(tokenizer, shard, texts)
+        rewards = [
+            Reward(sample_id=rollout.sample_id, weight_version=0, reward=reward, why="")
+            for rollout, reward in zip(rollouts, [*groups[0], *groups[1]], strict=True)
+        ]
+        for kind, rows in (("rollouts", rollouts), ("rewards", rewards)):
+            stream.commit(kind, 0, step, rows)
+    done = npd_here("grpo", "--run", folder)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_a_group_of_equal_rewards_trains_nothing_and_is_counted(tmp_path):
+    """In a step of which the KL has a gradient too: not by its tokens, nor by how many they are."""
+    runs = [trained_with(tmp_path / name, texts) for name, texts in (("a", ["5"] * 4), ("b", ["9876", "7", "86", ""]))]
+    one, other = ((run.path / "student" / "model.safetensors").read_bytes() for run in runs)
+    assert one == other
+    rows = [row for row in read_metrics(runs[0].path) if row["stage"] == "grpo"]
+    assert [row["grpo/no_signal"] for row in rows if "grpo/no_signal" in row] == [0, 0.5, 1]
+    assert [row["grpo/reward"] for row in rows if "grpo/reward" in row] == [0.375, 0.6875, 1]
+    kl = [row["grpo/kl"] for row in rows if "grpo/kl" in row]
+    assert len(kl) == 2  # the last step has nothing to train on
+    assert kl[1] > 0
+    packs = [json.loads(line)["packs"] for line in (runs[0].path / "grpo" / "stream" / "packs.jsonl").open()]
+    assert [sum(map(len, step)) for step in packs] == [8, 4, 0]
 
 
 def test_rewards_that_never_work_stop_the_run(tmp_path):
