@@ -38,19 +38,24 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def test_the_layout_of_a_node_makes_the_student_of_one_process(tmp_path):
-    node, one = tmp_path / "node", tmp_path / "one"
-    script = ["bash", "launch/npd_8npu.sh", f"run.folder={node}", *SETTINGS]
-    environment = os.environ | {"NPD_DEVICE": "cpu"}
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(script, stdout=said, stderr=said, env=environment, cwd=CONFIGS.parent)
+def watched(command: list[str], folder: Path, **environment: str) -> None:
+    """A command with all that it starts, none of which may listen beyond this host."""
+    with (folder / "said").open("w") as said:
+        environment = os.environ | environment
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, cwd=CONFIGS.parent)
         opened: set[str] = set()
         while process.poll() is None:
             opened |= listening(descendants(process.pid))
             time.sleep(0.2)
-    assert process.returncode == 0, (tmp_path / "said").read_text()
+    assert process.returncode == 0, (folder / "said").read_text()
     assert opened <= LOOPBACK, "a port is open beyond this host"
     assert opened  # gloo's, at least
+
+
+def test_the_layout_of_a_node_makes_the_student_of_one_process(tmp_path):
+    node, one = tmp_path / "node", tmp_path / "one"
+    script = ["bash", "launch/npd_8npu.sh", f"run.folder={node}", *SETTINGS]
+    watched(script, tmp_path, NPD_DEVICE="cpu")
     assert "PanguEmbedded" in (node / "student" / "config.json").read_text()
     for process in ("distill.rank3", "rollout-0", "rollout-1", "rollout-2", "score"):
         assert (node / "logs" / f"{process}.log").exists()
@@ -88,8 +93,7 @@ def test_with_new_weights_from_the_trainers_memory_it_is_the_student_of_one_proc
     node, one = tmp_path / "node", tmp_path / "one"
     command = [sys.executable, "-m", "npd_ascend", "run", "--config", "configs/openpangu_tiny_8cpu.yaml"]
     command += [f"run.folder={node}", *SETTINGS, "npd.epochs=2", "npd.stream.publish_every=3", "rollout.weights=memory"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, check=False)
-    assert done.returncode == 0, done.stderr
+    watched(command, tmp_path)
     rows = [json.loads(line) for line in (node / "metrics.jsonl").read_text().splitlines()]
     assert sum("sync/transfer_s" in row for row in rows) >= 2
     assert all(row["rollout/canary"] < 2e-3 for row in rows if "rollout/canary" in row)
