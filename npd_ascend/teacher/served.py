@@ -4,6 +4,7 @@ Dimensions: A answer tokens, K top-k.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from typing import Any
@@ -58,9 +59,16 @@ class ServedScorer:
         scores = []
         for batch in _batches(rows, pack_tokens):
             prompts = [list(map(int, ids)) for ids, _ in batch]
-            choices = self._call("/v1/completions", self._body(prompt=prompts, prompt_logprobs=top_k))["choices"]
-            for (ids, prompt_len), choice in zip(batch, sorted(choices, key=lambda c: c["index"]), strict=True):
-                scores.append(self._answer(choice["prompt_logprobs"][prompt_len:], ids[prompt_len:], top_k))
+            said = self._call("/v1/completions", self._body(prompt=prompts, prompt_logprobs=top_k))
+            try:
+                choices = sorted(said["choices"], key=lambda c: c["index"])
+                for (ids, prompt_len), choice in zip(batch, choices, strict=True):
+                    scores.append(self._answer(choice["prompt_logprobs"][prompt_len:], ids[prompt_len:], top_k))
+            except (LookupError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{self._url}/v1/completions: not what vLLM answers to prompt_logprobs ({error!r}); is another "
+                    f"program between, or another model served now? See the server's log"
+                ) from None
         return scores
 
     def _answer(self, entries: list[dict[str, dict]], answer: Sequence[int], top_k: int) -> AnswerScore:
@@ -68,6 +76,12 @@ class ServedScorer:
         logprobs, ids_AK, top_AK = [], [], []
         for entry, token_id in zip(entries, answer, strict=True):
             by_id = {int(id_): value["logprob"] for id_, value in entry.items()}
+            # NaN has no place in JSON, so null may stand for it
+            if any(logprob is None or not math.isfinite(logprob) for logprob in by_id.values()):
+                raise UserError(
+                    f"{self._url}: the teacher's log-probs are not numbers: damaged weights, or an overflow in the "
+                    f"server's --dtype; nothing of this batch is trained on"
+                )
             logprobs.append(by_id[token_id])
             if len(by_id) > top_k:
                 del by_id[token_id]
