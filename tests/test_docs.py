@@ -60,6 +60,44 @@ def test_every_variable_and_argument_of_the_npu_path_has_its_source():
     assert sorted(name for name in used | given if not re.search(rf"\b{name}\b", text)) == []
 
 
+# where theirs are imported, and how they are called here: torch_npu itself, vLLM's LLM and a worker of it
+_PACKAGES, _ROOTS = {"torch_npu", "vllm", "vllm_ascend"}, {"torch_npu", "llm", "worker"}
+# theirs, behind what is called here; a position of LLM.generate
+_BEHIND = {"_fused_adamw_", "random_sample", "sampling_params"}
+
+
+def test_every_call_of_torch_npu_and_vllm_has_its_source():
+    text = (ROOT / "docs" / "ascend.md").read_text()
+    sources = [path for root in ("npd_ascend", "kernels") for path in sorted((ROOT / root).rglob("*.py"))]
+    used = {name for path in sources for name in _called(path)}
+    assert {"npu_swiglu", "WeightTransferEngine", "reload_weights", "PyHcclCommunicator"} <= used
+    assert sorted(name for name in used if not re.search(rf"\b{name}\b", text)) == []
+
+
+def test_every_call_with_a_source_is_made_where_it_says():
+    table = (ROOT / "docs" / "ascend.md").read_text().split("## Operators and interfaces")[1].split("\n## ")[0]
+    code, names = "", set()
+    for row in [row for row in table.splitlines() if row.startswith("| ")][1:]:
+        name, where, _ = row.split(" | ")
+        if where != "the same":
+            code = "".join((ROOT / path).read_text() for path in re.findall(r"`([\w/]+\.py)`", where))
+        named = {word for quoted in re.findall(r"`(.+?)`", name) for word in re.findall(r"[A-Za-z_]\w+", quoted)}
+        assert sorted(word for word in named - _BEHIND if not re.search(rf"\b{word}\b", code)) == [], row
+        names |= named
+    assert len(names) > 80
+
+
+def _called(path: Path) -> list[str]:
+    """What is imported from _PACKAGES, and every attribute on the way from one of _ROOTS."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _PACKAGES:
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in _ROOTS:
+            names.append(node.attr)
+    return names
+
+
 def _strings(path: Path) -> list[str]:
     nodes = ast.walk(ast.parse(path.read_text()))
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
