@@ -1,9 +1,11 @@
 """rollout.engine and teacher.engine: what is chosen, and what is said where vLLM or its server is missing."""
 
+import re
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import pytest
+import torch
 from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
@@ -46,6 +48,21 @@ def test_a_broken_vllm_is_no_traceback(tmp_path, monkeypatch, capsys):
     settings = [*pretrained, f"run.folder={tmp_path / 'run'}", "rollout.engine=vllm"]
     assert main(["rollout", "--config", CONFIG, *settings]) == 2
     assert "vllm cannot be imported (libtorch.so: no such file)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_would_open_a_port_or_keep_old_weights_is_overruled_before_vllm_is_imported(tmp_path, monkeypatch):
+    """A block format (NZ) that somebody has set for servers of theirs would go wrong at the second version only."""
+    ours = {"VLLM_ASCEND_ENABLE_NZ": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
+    theirs = {"VLLM_ASCEND_ENABLE_NZ": "1", "VLLM_HOST_IP": "0.0.0.0", "VLLM_NO_USAGE_STATS": "0"}
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(
+        f"import os\nraise ImportError(str({{name: os.environ[name] for name in {list(ours)}}}))"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(str(ours))):
+        vllm_versions.start_llm(STUDENT, dtype=torch.float32, max_model_len=8, kv_cache_bytes=1)
 
 
 def test_a_teacher_that_is_not_served_is_told(tmp_path, capsys):
