@@ -64,14 +64,18 @@ _DROP = {
     "filter_list": _extract("line", "regex", r"\A\s*(?i:the answer is:?|answer:)?\s*(.*?)\.?[ \t]*(?:\n|\Z)"),
     "process_results": better_reading,
 }
-# lm-eval takes the last (A) to (D) and nothing else, and its prompt asks for no form.
+# lm-eval takes the last letter in brackets, also one that was ruled out, and its prompt asks for no form: **B** and
+# \boxed{B} are lost. Here a letter that is said to be the answer counts above one in bold, and that above one in
+# brackets. Neither D-type nor the word in "A value" is a letter.
+_LETTER = r"(?i:(?:option|choice) )?\(?(A(?! (?!(?:because|since|as|and|for|with)\b)[a-z])|[B-D])(?![\w-])"
+_SAID = r"(?:\\boxed\{|(?i:answer(?: is|\W*:)|(?:option|choice) is))(?:\\(?:text|math)\w*\{|\W)*" + _LETTER
+_LAST_LINE = r"^[^\w\n]*([A-D])\W*\Z"
 _GPQA = {
     "filter_list": _extract(
         "letter",
         "multi_choice_regex",
-        r"\(([A-D])\)|\\boxed\{\W*([A-D])\W*\}|\*\*([A-D])\*\*|(?i:answer(?: is)?)\W*([A-D])\b",
-        group_select=-1,
-        ignore_case=True,
+        rf"(?ms)\A(?:.*(?:{_SAID}|{_LAST_LINE})|.*\*\*{_LETTER}|.*\(([A-D])\))",
+        ignore_case=True,  # of the choices' texts, where no letter is found
         ignore_punctuation=True,
     ),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 if find_spec("lm_eval") is None:
     pytest.skip(
@@ -15,6 +16,9 @@ if find_spec("lm_eval") is None:
     )
 
 import datasets
+from lm_eval.api.instance import Instance
+from lm_eval.filters import build_filter_ensemble
+from lm_eval_command import ORIGINALS
 from test_against_lm_eval import make_model, write_lines
 
 from npd_ascend.evaluate.answers import AnswerFile
@@ -25,6 +29,7 @@ from npd_ascend.rollout.engine import Completion
 from npd_ascend.tokenizer import ChatTokenizer
 
 PROGRAM = "def double(n):\n    return 2 * n"
+ROOT = Path(__file__).parents[2]
 DATE = {"day": "", "month": "", "year": ""}
 # what is said, and its score
 MBPP = [
@@ -50,14 +55,33 @@ DROP_SPANS = [
     ("Losman", 0.5),
     ("Losman, Moorman, Evans, Price", 0.5),
 ]
+# all say B; whether lm-eval's own filter finds it
 GPQA = [
-    ("It is heavy, so (A) is wrong. The answer is (B).", 1),
-    ("The answer is B.", 1),
-    ("**B**", 1),
-    ("So we have \\boxed{B}.", 1),
-    ("Answer: B", 1),
-    ("The answer is (A).", 0),
-    ("It is not known.", 0),
+    ("It is heavy, so (A) is wrong. The answer is (B).", True),
+    ("The answer is B.", False),
+    ("**B**", False),
+    ("So we have \\boxed{B}.", False),
+    ("Answer: B", True),
+    ("**Answer**: B", True),
+    ("**Answer:** B", False),
+    ("$\\boxed{\\text{B}}$", False),
+    ("$\\boxed{\\mathrm{B}}$", False),
+    ("$\\boxed{\\textbf{(B)}}$", True),
+    ("The answer is $\\mathrm{B}$.", False),
+    ("B.", False),
+    ("B", False),
+    ("It is heavy.\n\nB", False),
+    ("The correct option is B.", False),
+    ("The answer is option B.", False),
+    ("**B) because**", False),
+    ("**Option B**", False),
+    ("We rule out (A). So $\\boxed{\\text{B}}$", False),
+    ("**B**\n\nIt is heavy, so (A) is wrong.", False),
+    ("The answer is (B).\n\n**A**: it is heavy.", True),
+    ("We try each option.\n\n(A) is heavy, so answer choice (A) is wrong. Thus (B)", True),
+    ("The answer is B because it is light.", False),
+    ("The answer is (B). In other words, the answer is D-type.", True),
+    ("The answer is (B). My answer: A value near 20.", True),
 ]
 
 
@@ -73,7 +97,7 @@ class Says:
         return [Completion(ids, np.zeros(len(ids), np.float32), "stop") for ids in answers]
 
 
-def scores(folder: Path, name: str, rows: list[dict], said: list[str]) -> list[float]:
+def ask(folder: Path, name: str, rows: list[dict], said: list[str]) -> list[dict]:
     model = make_model(folder / "model")
     data = write_lines(folder / "rows.jsonl", rows)
     settings = {"folder": str(folder / "out"), "model": {"path": str(model)}, "run_code_of": ["mbpp"]}
@@ -82,7 +106,11 @@ def scores(folder: Path, name: str, rows: list[dict], said: list[str]) -> list[f
     loaded, chat = load_settings(folder / "eval.yaml", []), ChatTokenizer(model)
     lm = EngineLM(Says(chat, said), chat, prompt_suffix="", batch_size=8, max_tokens=4096, seed=0)
     lm.begin(name, 0, AnswerFile(folder / "answers.jsonl"))
-    return [row["score"] for row in Harness(loaded).ask(name, getattr(loaded.benchmarks, name), lm)]
+    return Harness(loaded).ask(name, getattr(loaded.benchmarks, name), lm)
+
+
+def scores(folder: Path, name: str, rows: list[dict], said: list[str]) -> list[float]:
+    return [row["score"] for row in ask(folder, name, rows, said)]
 
 
 @pytest.fixture(autouse=True)
@@ -114,20 +142,32 @@ def test_drop(tmp_path):
 
 
 def test_gpqa(tmp_path):
-    """B is right where the shuffle has put it there: the letter that is said is moved along."""
+    others = {"The answer is (A).": "A", "It is not known.": "[invalid]", "A value near 20": "[invalid]"}
+    wanted = {text: "B" for text, _ in GPQA} | others
     rows = [
         {"Question": f"How high, case {i}?", "Correct Answer": "right", "Incorrect Answer 1": "one"}
         | {"Incorrect Answer 2": "two", "Incorrect Answer 3": "three"}
-        for i in range(len(GPQA))
+        for i in range(len(wanted) + 1)
     ]
-    right = []
-    for letter in "ABCD":
-        said = [
-            text.replace("(A)", "(X)").replace("B", letter).replace("(X)", f"({'B' if letter == 'A' else 'A'})")
-            for text, _ in GPQA
-        ]
-        (tmp_path / letter).mkdir()
-        right.append(scores(tmp_path / letter, "gpqa_diamond", rows, said))
-    # of the four letters one is right in every row, whatever the form, and none in the last
-    assert [max(column) for column in zip(*right, strict=True)] == [1, 1, 1, 1, 1, 1, 0]
-    assert [sum(column) for column in zip(*right, strict=True)][:5] == [1] * 5
+    *found, by_its_text = ask(tmp_path, "gpqa_diamond", rows, [*wanted, "It is right."])
+    assert dict(zip(wanted, (row["answer"] for row in found), strict=True)) == wanted
+    assert [row["score"] for row in found] == [row["target"] == f"({row['answer']})" for row in found]
+    assert 0 < sum(row["score"] for row in found) < len(found)  # where the shuffle has put the right one
+    assert by_its_text["score"] == 1
+
+
+def test_what_lm_evals_own_filter_finds_for_gpqa():
+    """docs/eval.md has the count."""
+    definition = (ORIGINALS / "gpqa" / "cot_zeroshot" / "_gpqa_cot_zeroshot_yaml").read_text().replace("!function ", "")
+    _, flexible = yaml.safe_load(definition)["filter_list"]
+    steps = [(step.pop("function"), step) for step in flexible["filter"]]
+    one = {
+        "doc": {"choices": ["one", "right", "two", "three"]},
+        "request_type": "generate_until",
+        "arguments": (),
+        "idx": 0,
+    }
+    said = [Instance(**one, resps=[text]) for text, _ in GPQA]
+    build_filter_ensemble("own", steps).apply(said)
+    assert [(text, each.filtered_resps["own"] == "(B)") for (text, _), each in zip(GPQA, said, strict=True)] == GPQA
+    assert f"{sum(found for _, found in GPQA)} of {len(GPQA)} forms" in (ROOT / "docs" / "eval.md").read_text()
