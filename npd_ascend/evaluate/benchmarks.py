@@ -48,9 +48,13 @@ def _extract(name: str, kind: str, pattern: str, **more: Any) -> list[dict]:
 
 # lm-eval puts ``` before the answer and takes its first word for the language of the block, so that `def f` becomes
 # ` f`: of the reference solutions 1 in 500 passes (its issue 3447). Here the program ends where the block does, and may
-# open one itself.
+# open one itself, after words too if it names Python: a ``` without a name ends the block that the prompt has opened.
 _MBPP = {
-    "filter_list": _extract("program", "regex", r"\A\s*(?:```\w*\n)?((?s:.*?))(?:```|\Z)"),
+    "filter_list": _extract(
+        "program",
+        "regex",
+        r"(?s)\A(?:\s*```[^\n`]*\n|(?:(?!```).)*```[ \t]*(?i:py)[^\n`]*\n)?(.*?)(?:```|\Z)",
+    ),
     # one test in a hundred needs what is set up before it
     "doc_to_target": "{% if is_fewshot is defined %}{{code}}\n```{% else %}"
     "{{test_setup_code|default('')}}\n{{test_list|join('\n')}}{% endif %}",
