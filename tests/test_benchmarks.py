@@ -145,6 +145,34 @@ def test_answers_of_another_model_are_not_mixed_in(tmp_path):
         _same_as_before(tmp_path / "gsm8k", {"seed": 0, "model": {"config.json": "bb"}})
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ({"data": None}, {"data": "aa"}, "given with data whose content an older version did not record; set folder"),
+        ({"data": "aa"}, {"data": "bb"}, "given with another data (was 'aa', is 'bb'); set folder"),
+        (
+            {"benchmark": {"data": None}, "data": None},
+            {"benchmark": {"data": "/copy"}, "data": "aa"},
+            "another benchmark (data was None, is '/copy')",
+        ),
+        ({"seed": 0}, {}, "given with another seed (was 0, is None)"),
+        (
+            {"task": {"filter_list": ["a"], "doc_to_target": "c"}},
+            {"task": {"filter_list": ["b"], "doc_to_target": "c", "process_results": "f"}},
+            "another task: this version asks it or reads its answers otherwise (filter_list, process_results); set",
+        ),
+        ({}, {"task": {"filter_list": ["b"]}}, "reads its answers otherwise (filter_list); set"),
+    ],
+    ids=["data not recorded", "data", "from a folder now", "no longer there", "task", "no task recorded"],
+)
+def test_what_differs_is_said(tmp_path, was, now, said):
+    (tmp_path / "settings.json").write_text(json.dumps(was))
+    (tmp_path / "answers-0.jsonl").touch()
+    with pytest.raises(UserError) as error:
+        _same_as_before(tmp_path, now)
+    assert said in str(error.value)
+
+
 def test_a_score_is_the_mean_over_questions_and_samples():
     score = score_of(
         [[{"score": 1.0}, {"score": 0.0}, {"score": 0.5}], [{"score": 1.0}, {"score": 1.0}, {"score": 0.1}]]

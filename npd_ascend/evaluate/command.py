@@ -146,19 +146,27 @@ def _same_as_before(place: Path, identity: dict) -> None:
     saved = place / "settings.json"
     if saved.exists() and any(place.glob("*-*.json*")):  # before the first answer they may still be mended
         was = json.loads(saved.read_text())
-        for key in identity:
-            if was.get(key) != identity[key]:
-                raise UserError(
-                    f"{saved}: the answers there were given with another {key} "
-                    f"({_difference(was.get(key), identity[key])}); set folder to a new one or delete {place}"
-                )
+        if differing := _differing(was, identity):
+            other = _other(differing[0], was.get(differing[0]), identity.get(differing[0]))
+            raise UserError(
+                f"{saved}: the answers there were given with {other}; set folder to a new one or delete {place}"
+            )
         return
     with commit_file(saved) as draft:
         draft.write_text(json.dumps(identity, indent=2) + "\n")
 
 
-def _difference(was, now) -> str:
+def _other(key: str, was, now) -> str:
+    if key == "data" and was is None:  # had they come from the hub, `benchmark` would differ first
+        return "data whose content an older version did not record"
+    if key == "task":  # whole definitions would fill the screen
+        changed = ", ".join(_differing(was or {}, now or {}))
+        return f"another task: this version asks it or reads its answers otherwise ({changed})"
     if not isinstance(was, dict) or not isinstance(now, dict):
-        return f"was {was!r}, is {now!r}"
-    key = next(key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key))
-    return f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
+        return f"another {key} (was {was!r}, is {now!r})"
+    first = _differing(was, now)[0]
+    return f"another {key} ({first} was {was.get(first)!r}, is {now.get(first)!r})"
+
+
+def _differing(was: dict, now: dict) -> list[str]:
+    return [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
