@@ -17,7 +17,7 @@ from npd_ascend.evaluate.answers import AnswerFile
 from npd_ascend.evaluate.benchmarks import BENCHMARKS, PUBLISHED
 from npd_ascend.evaluate.command import _same_as_before
 from npd_ascend.evaluate.scores import score_of, wilson
-from npd_ascend.evaluate.settings import BenchmarkSet, load_settings
+from npd_ascend.evaluate.settings import BenchmarkSet, content_digest, load_settings
 from npd_ascend.evaluate.table import average, terminal_table, write_results
 
 STUDENT = CONFIGS / "addition" / "student"
@@ -171,6 +171,26 @@ def test_what_differs_is_said(tmp_path, was, now, said):
     with pytest.raises(UserError) as error:
         _same_as_before(tmp_path, now)
     assert said in str(error.value)
+
+
+def test_the_content_of_a_folder_is_also_what_its_links_lead_to(tmp_path):
+    elsewhere, copy = tmp_path / "elsewhere", tmp_path / "copy"
+    elsewhere.mkdir()
+    copy.mkdir()
+    (elsewhere / "rows.jsonl").write_text("1")
+    plain = content_digest(copy)
+    (copy / "main").symlink_to(elsewhere)
+    (copy / "again").symlink_to(elsewhere)
+    digests = [plain, content_digest(copy)]
+    (elsewhere / "rows.jsonl").write_text("2")
+    digests.append(content_digest(copy))
+    (copy / "again").unlink()
+    digests.append(content_digest(copy))
+    assert len(set(digests)) == 4
+    (elsewhere / "back").symlink_to(copy)  # a loop, by way of another folder
+    (copy / "here").symlink_to(copy)
+    (copy / ".cache").symlink_to(tmp_path)
+    assert content_digest(copy) == digests[-1]
 
 
 def test_a_score_is_the_mean_over_questions_and_samples():

@@ -30,8 +30,10 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
     refusal = f"{settings.folder}: another `npd eval` is working there; wait for it or set another folder"
     with only_process(settings.folder / "eval.lock", refusal):
         model = _fingerprint(settings)
+        digests = {name: content_digest(chosen.data) for name, chosen in settings.benchmarks.asked() if chosen.data}
         for name, chosen in settings.benchmarks.asked():
-            _same_as_before(settings.folder / name, _identity(settings, name, chosen, model, lm_eval_version))
+            identity = _identity(settings, name, chosen, digests.get(name), model, lm_eval_version)
+            _same_as_before(settings.folder / name, identity)
         left = [
             (name, chosen, sample)
             for name, chosen in settings.benchmarks.asked()
@@ -39,18 +41,19 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
             if not _rows_file(settings, name, sample).exists()
         ]
         if left:  # not for a table alone
-            _ask(settings, left)
+            _ask(settings, left, digests)
         scores = {name: _score(settings, name, chosen.samples) for name, chosen in settings.benchmarks.asked()}
         write_results(settings, scores, model, lm_eval_version)
         print(terminal_table(settings, scores))
 
 
-def _ask(settings: EvalSettings, left: list[tuple[str, BenchmarkSettings, int]]) -> None:
+def _ask(settings: EvalSettings, left: list[tuple[str, BenchmarkSettings, int]], digests: dict[str, str]) -> None:
     """All samples that are missing, each kept when it is complete."""
     from npd_ascend.evaluate.engine_lm import EngineLM, Rehearsal
     from npd_ascend.evaluate.harness import Harness
 
-    harness, tokenizer, max_tokens = Harness(settings), ChatTokenizer(settings.model.path), _max_tokens(settings)
+    harness, tokenizer = Harness(settings, digests), ChatTokenizer(settings.model.path)
+    max_tokens = _max_tokens(settings)
     asking: dict[str, Any] = {"prompt_suffix": settings.model.prompt_suffix, "batch_size": settings.model.batch_size}
     asking |= {"max_tokens": max_tokens, "seed": settings.seed}
     engine = _engine(settings, tokenizer, max_tokens)
@@ -123,7 +126,14 @@ def _fingerprint(settings: EvalSettings) -> dict[str, str]:
     return {file.name: sha256(file) for file in files}
 
 
-def _identity(settings: EvalSettings, name: str, chosen: BenchmarkSettings, model: dict, lm_eval_version: str) -> dict:
+def _identity(
+    settings: EvalSettings,
+    name: str,
+    chosen: BenchmarkSettings,
+    digest: str | None,
+    model: dict[str, str],
+    lm_eval_version: str,
+) -> dict:
     """All that the answers to a benchmark depend on. Memory and threads may change."""
     kept = settings.model.model_dump(mode="json", include={"dtype", "engine", "system_prompt", "prompt_suffix"})
     if not settings.model.eager:
@@ -137,7 +147,7 @@ def _identity(settings: EvalSettings, name: str, chosen: BenchmarkSettings, mode
         "model": model,
         "settings": kept | {"batch_size": settings.model.batch_size},
         "benchmark": chosen.model_dump(mode="json", exclude={"samples"}),  # more of them may be asked for later
-        "data": content_digest(chosen.data) if chosen.data else None,
+        "data": digest,
     }
 
 

@@ -4,13 +4,14 @@ import logging
 import os
 import random
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.benchmarks import BENCHMARKS, TASKS, Benchmark
-from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings, content_digest
+from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings
 
 _WAY_OUT = "pip install -r requirements-eval.txt"
 
@@ -26,12 +27,13 @@ def require_lm_eval() -> str:
 
 
 class Harness:
-    """All tasks that this version of lm-eval knows, and our own."""
+    """All tasks that this version of lm-eval knows, and our own. digests: of the benchmarks' data, by their name."""
 
-    def __init__(self, settings: EvalSettings):
+    def __init__(self, settings: EvalSettings, digests: Mapping[str, str]):
         from lm_eval.tasks import TaskManager
 
-        self._settings, self._manager = settings, TaskManager(include_path=str(TASKS))
+        self._settings, self._digests = settings, digests
+        self._manager = TaskManager(include_path=str(TASKS))
 
     def rehearse(self, name: str, chosen: BenchmarkSettings, lm: Any) -> None:
         """All of `ask` with an lm that asks nobody. UserError, before hours of answers, for rows that do not fit the
@@ -91,7 +93,7 @@ class Harness:
         random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval does before it loads: GPQA shuffles its choices then
         if benchmark.runs_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the user has named it in run_code_of
-        changes = self._changes(chosen, benchmark)
+        changes = self._changes(name, chosen, benchmark)
         spec = {"group": f"npd_{name}", "task": [{"task": leaf} | changes for leaf in self._leaves(benchmark.task)]}
         place = f"benchmarks.{name}.data" if chosen.data else f"benchmarks.{name}"
         try:
@@ -115,13 +117,13 @@ class Harness:
                 )
         return loaded
 
-    def _changes(self, chosen: BenchmarkSettings, benchmark: Benchmark) -> dict:
+    def _changes(self, name: str, chosen: BenchmarkSettings, benchmark: Benchmark) -> dict:
         """Of the task's definition."""
         changes: dict[str, Any] = {} if self._settings.model.system_prompt == "task" else {"description": ""}
         changes |= benchmark.changes
         if chosen.data and chosen.data.is_dir():
             # datasets knows a folder by its name, and would give the rows of another one or of an earlier day
-            cache = self._settings.folder / "data" / content_digest(chosen.data)[:16]
+            cache = self._settings.folder / "data" / self._digests[name][:16]
             changes |= {"dataset_path": str(chosen.data), "dataset_kwargs": {"cache_dir": str(cache)}}
         elif chosen.data:
             files = {"data_files": {benchmark.split: str(chosen.data)}}

@@ -117,11 +117,23 @@ def content_digest(data: Path) -> str:
     if data.is_file():
         return sha256(data)
     digest = hashlib.sha256()
-    for file in sorted(path for path in data.rglob("*") if path.is_file()):
-        name = file.relative_to(data)
-        if not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name} {sha256(file)}\n".encode())
+    for file in sorted(_files(data)):
+        digest.update(f"{file.relative_to(data)} {sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Also behind links to folders, which rglob leaves out; above: the folders on the way, to which a link may lead."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files(path, (*above, real))
+        elif path.is_file():
+            yield path
 
 
 def _with_data(name: str, chosen: BenchmarkSettings) -> BenchmarkSettings:

@@ -110,7 +110,7 @@ def ask(folder: Path, name: str, rows: list[dict], said: list[str]) -> list[dict
     loaded, chat = load_settings(folder / "eval.yaml", []), ChatTokenizer(model)
     lm = EngineLM(Says(chat, said), chat, prompt_suffix="", batch_size=8, max_tokens=4096, seed=0)
     lm.begin(name, 0, AnswerFile(folder / "answers.jsonl"))
-    return Harness(loaded).ask(name, getattr(loaded.benchmarks, name), lm)
+    return Harness(loaded, {}).ask(name, getattr(loaded.benchmarks, name), lm)
 
 
 def scores(folder: Path, name: str, rows: list[dict], said: list[str]) -> list[float]:

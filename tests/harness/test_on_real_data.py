@@ -81,7 +81,7 @@ def test_reference_answers_are_right(name, tmp_path, monkeypatch):
     loaded = load_settings(tmp_path / "eval.yaml", [])
 
     def mean() -> float:
-        rows = Harness(loaded).ask(name, getattr(loaded.benchmarks, name), Reference(name))
+        rows = Harness(loaded, {}).ask(name, getattr(loaded.benchmarks, name), Reference(name))
         return 100 * sum(row["score"] for row in rows) / len(rows)
 
     ours = mean()

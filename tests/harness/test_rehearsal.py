@@ -17,6 +17,8 @@ import datasets
 from test_against_lm_eval import make_model, write_lines
 
 from npd_ascend.__main__ import main
+from npd_ascend.durable import sha256
+from npd_ascend.evaluate import settings as settings_module
 
 GSM8K = {"question": "What is 1 and 2?", "answer": "We add.\n#### 3"}
 DROP = {"query_id": "q", "passage": "Team 1 won.", "question": "Who won?"}
@@ -76,3 +78,13 @@ def test_a_row_that_does_not_fit(name, row, why, tmp_path, capsys):
     assert said.startswith(f"npd eval: benchmarks.{name}.data: ")
     assert str(place) in said
     assert why in said
+
+
+def test_a_folder_is_read_for_its_digest_once_whatever_is_asked(tmp_path, monkeypatch):
+    place, read = copy_of_the_hubs(tmp_path / "copy", "main", "test", [GSM8K]), []
+    monkeypatch.setattr(settings_module, "sha256", lambda file: read.append(file.name) or sha256(file))
+    sampled = {"data": str(place), "shots": 0, "max_new_tokens": 4, "samples": 2, "temperature": 1.0}
+    settings = {"folder": str(tmp_path / "out"), "model": {"path": str(make_model(tmp_path / "model"))}}
+    (tmp_path / "eval.yaml").write_text(json.dumps(settings | {"benchmarks": {"gsm8k": sampled}}))
+    assert main(["eval", "--benchmarks", str(tmp_path / "eval.yaml")]) == 0
+    assert sorted(read) == ["README.md", "test.jsonl", "train.jsonl"]
