@@ -47,14 +47,14 @@ class Harness:
                 (f"benchmarks.{name}.data", chosen.data) if chosen.data else (f"benchmarks.{name}", "the hub")
             )
             raise UserError(
-                f"{place}: a row from {tried} does not fit lm-eval's task of {BENCHMARKS[name].title} "
-                f"({type(error).__name__}: {_line(error)}); want the rows as on the hub, see docs/eval.md"
+                f"{place}: a row or split from {tried} does not fit lm-eval's task of {BENCHMARKS[name].title} "
+                f"({type(error).__name__}: {_line(error)}); want rows and splits as on the hub, see docs/eval.md"
             ) from error
 
     def ask(self, name: str, chosen: BenchmarkSettings, lm: Any) -> list[dict]:
         """Rows of one pass: task, question (its number there), score in 0..1, answer after the task's filter, target.
 
-        UserError if the data cannot be had or do not fit the task.
+        UserError if the data cannot be had or lack fields.
         """
         from lm_eval import evaluate
 
@@ -98,8 +98,8 @@ class Harness:
         place = f"benchmarks.{name}.data" if chosen.data else f"benchmarks.{name}"
         try:
             loaded = self._manager.load([spec])
-        # TypeError: of a row in which a task finds nothing, such as a solution without \\boxed
-        except (OSError, ValueError, TypeError, LookupError, ImportError, datasets.exceptions.DatasetsError) as error:
+        # not TypeError and LookupError: those come of rows, and `rehearse` says so
+        except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
             tried = chosen.data or "the hub's data set"
             also = ", and have the hub's metric code_eval in the cache" if benchmark.runs_code else ""
             raise UserError(

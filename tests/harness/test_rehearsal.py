@@ -68,16 +68,26 @@ def test_a_prompt_that_is_too_long(tmp_path, capsys):
         ("gsm8k", {"question": "What is 1 and 2?", "solution": "3"}, "'answer' is undefined"),
         ("gsm8k", {"question": "What is 1 and 2?", "answer": None}, "rows of gsm8k without answer"),
         ("drop", DROP | {"answer": {"spans": ["Team 1"]}}, "KeyError: 'number'"),
+        ("math500", {"problem": "What is 1 and 2?", "solution": "It is 3."}, "does not fit lm-eval's task of MATH-500"),
     ],
-    ids=["missing", "empty", "inside"],
+    ids=["missing", "empty", "inside", "without a box"],
 )
 def test_a_row_that_does_not_fit(name, row, why, tmp_path, capsys):
-    configuration, split = {"gsm8k": ("main", "test"), "drop": ("default", "validation")}[name]
+    shapes = {"gsm8k": ("main", "test"), "drop": ("default", "validation"), "math500": ("default", "test")}
+    configuration, split = shapes[name]
     place = copy_of_the_hubs(tmp_path / "copy", configuration, split, [row])
     said = refused(tmp_path, {name: place}, capsys)
     assert said.startswith(f"npd eval: benchmarks.{name}.data: ")
     assert str(place) in said
     assert why in said
+    assert "cannot be loaded" not in said  # the copy itself is sound
+
+
+def test_a_copy_without_the_split_that_is_asked(tmp_path, capsys):
+    said = refused(tmp_path, {"gsm8k": copy_of_the_hubs(tmp_path / "copy", "main", "validation", [GSM8K])}, capsys)
+    assert "split" in said
+    assert "KeyError: 'test'" in said
+    assert "cannot be loaded" not in said
 
 
 def test_a_folder_is_read_for_its_digest_once_whatever_is_asked(tmp_path, monkeypatch):
