@@ -50,7 +50,7 @@ def test_suffix_system_turn_and_thought(tmp_path, monkeypatch):
     engine, suffix = Thinks(chat), loaded.model.prompt_suffix
     lm = EngineLM(engine, chat, prompt_suffix=suffix, batch_size=1, max_tokens=4096, seed=0)
     lm.begin("gsm8k", 0, AnswerFile(tmp_path / "answers.jsonl"))
-    (row,) = Harness(loaded).ask("gsm8k", loaded.benchmarks.gsm8k, lm)
+    (row,) = Harness(loaded, {}).ask("gsm8k", loaded.benchmarks.gsm8k, lm)
     assert (row["answer"], row["score"]) == ("[invalid]", 0)
     # in the published format, which tests/test_pangu.py writes out
     assert engine.asked == [chat.encode_prompt("Question: two plus one?\nAnswer: /no_think")]
