@@ -20,8 +20,7 @@ def kept_samples(run: RunFolder, version: int) -> list[Sample]:
     kept = {decision.sample_id for decision in run.stream.read("decisions", version) if decision.kept}
     samples: list[Sample] = []
     for rollouts, scores in _in_shards(run, version):
-        here = [rollout for rollout in rollouts if rollout.sample_id in kept]
-        samples += (sample for _, sample in _joined(run, here, scores, f"version {version}"))
+        samples += (sample for _, sample in _joined(run, rollouts, scores, kept, f"version {version}"))
     _check_all_there(run, kept, samples, f"version {version}")
     return samples
 
@@ -30,10 +29,9 @@ def kept_in_shards(run: RunFolder, shards: Iterable[int]) -> list[tuple[Rollout,
     """The same for shards of the schedule with npd.stream, with the rollouts."""
     rows = []
     for shard in shards:
-        parts = [run.stream.read_shard(run.stream.shards(kind)[shard]) for kind in _KINDS]
-        rollouts, scores, decisions = parts
+        rollouts, scores, decisions = (run.stream.read_shard(run.stream.shards(kind)[shard]) for kind in _KINDS)
         kept = {decision.sample_id for decision in decisions if decision.kept}
-        joined = _joined(run, [rollout for rollout in rollouts if rollout.sample_id in kept], scores, f"shard {shard}")
+        joined = _joined(run, rollouts, scores, kept, f"shard {shard}")
         _check_all_there(run, kept, [sample for _, sample in joined], f"shard {shard}")
         rows += joined
     return rows
@@ -59,8 +57,11 @@ def _of_different_origin(run: RunFolder, where: str) -> UserError:
     )
 
 
-def _joined(run: RunFolder, rollouts: list[Rollout], scores: list[Score], where: str) -> list[tuple[Rollout, Sample]]:
+def _joined(
+    run: RunFolder, rollouts: list[Rollout], scores: list[Score], kept: set[str], where: str
+) -> list[tuple[Rollout, Sample]]:
     score_of = {score.sample_id: score for score in scores}
+    rollouts = [rollout for rollout in rollouts if rollout.sample_id in kept]
     for rollout in rollouts:
         if rollout.sample_id not in score_of:
             raise _of_different_origin(run, where)
@@ -108,10 +109,13 @@ def gold_samples(config: Config, tokenizer: ChatTokenizer) -> list[Sample]:
 def read_heldout_set(run: RunFolder, version: int, mesh: Mesh) -> Heldout:
     """Held-out rollouts of version 0, and of `version` for the drift from it."""
     rollouts, scores = heldout_rows(run, 0)
-    return _heldout(run, rollouts, scores, rollouts if version == 0 else heldout_rows(run, version)[0], mesh)
+    newest = run.stream.entries("rollouts", version)
+    drifted = [row for shard in sorted(newest) for row in run.stream.read_shard(newest[shard]) if row.heldout]
+    return _heldout(run, rollouts, scores, drifted, mesh)
 
 
 def heldout_rows(run: RunFolder, version: int) -> tuple[list[Rollout], list[Score]]:
+    """Held-out rollouts of a version, and their scores."""
     rollouts: list[Rollout] = []
     scores: list[Score] = []
     for rollouts_here, scores_here in _in_shards(run, version):
