@@ -237,9 +237,9 @@ class Config(Section):
             if missing:
                 raise ValueError(f"npd needs {', '.join(missing)}; add it or remove npd")
         weights = self.rollout.weights if self.rollout else "disk"
-        if weights != "disk" and not (self.npd and self.npd.stream):
+        if weights != "disk" and not ((self.npd and self.npd.stream) or self.grpo):
             raise ValueError(
-                f"rollout.weights={weights} needs npd.stream: no trainer lives beside the rollouts otherwise"
+                f"rollout.weights={weights} needs npd.stream or grpo: no trainer lives beside the rollouts otherwise"
             )
         if weights != "disk" and self.processes.ray:
             raise ValueError(f"rollout.weights={weights} is for one host; with processes.ray set it to disk")
@@ -279,10 +279,6 @@ class Config(Section):
             raise ValueError(
                 f"rollout.batch_size={rollout.batch_size} is below grpo.group_size={grpo.group_size}, and a group is "
                 f"generated together; raise the first"
-            )
-        if rollout.weights != "disk":
-            raise ValueError(
-                f"rollout.weights={rollout.weights} is not for grpo, whose versions come from disk; set it to disk"
             )
 
 

@@ -65,7 +65,7 @@ def test_overrides_are_typed():
         ("rollout={engine: vllm, temperature: 0.001, max_new_tokens: 6}", "which would take 0.01"),
         ("rollout.weights=memory", "rollout: weights=memory needs engine=vllm; set that, or weights: disk"),
         ("rollout.weights=device", "rollout: weights=device needs engine=vllm; set that, or weights: disk"),
-        ("rollout={weights: device, engine: vllm, max_new_tokens: 6}", "rollout.weights=device needs npd.stream"),
+        ("rollout={weights: device, engine: vllm, max_new_tokens: 6}", "weights=device needs npd.stream or grpo"),
     ],
 )
 def test_a_wrong_setting_is_told_with_key_and_reason(override, said):

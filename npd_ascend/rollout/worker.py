@@ -116,7 +116,7 @@ class Maker:
         weights = run.config.rollout.weights
         if weights != "disk":
             self._receiver = WeightReceiver(
-                run.path / "weights", process, timeout_s=SILENCE_S, device=weights == "device"
+                run.weights.folder, process, timeout_s=SILENCE_S, device=weights == "device"
             )
         self.metrics, self.heartbeat = MetricsLog(run.path, label), run.heartbeat(process)
 

@@ -14,7 +14,7 @@ from npd_ascend.parallel.mesh import Mesh
 from npd_ascend.records import Reward, Rollout, Sample
 from npd_ascend.runfolder import RunFolder
 from npd_ascend.trainer.heldout import Heldout
-from npd_ascend.trainer.live import LiveStage, LiveTrainer, train_all
+from npd_ascend.trainer.live import LiveStage, LiveTrainer, train_to_the_end
 from npd_ascend.trainer.objectives import grpo_objective
 from npd_ascend.trainer.policy_loss import group_advantages
 from npd_ascend.trainer.samples import heldout_references
@@ -30,9 +30,7 @@ def train_grpo(run: RunFolder, mesh: Mesh) -> bool:
     part = run.for_grpo()
     with open_metrics(run, "grpo", mesh) as metrics:
         trainer = GrpoTrainer(part, grpo_stage(part), mesh, metrics, reference=_reference(part, mesh))
-        trainer.resume()
-        train_all(trainer, mesh)
-        trainer.finish()
+        train_to_the_end(trainer, part, mesh)
     return True
 
 

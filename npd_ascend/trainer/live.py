@@ -47,13 +47,7 @@ def train_live(run: RunFolder, mesh: Mesh) -> bool:
     if run.has_trained("npd"):
         return False
     with open_metrics(run, "npd", mesh) as metrics:
-        trainer = LiveTrainer(run, npd_stage(run), mesh, metrics)
-        trainer.resume()
-        with _sending(run, mesh, trainer.device) as trainer.sender:
-            if trainer.cursor["step"] == trainer.cursor["published_at"]:  # else the weights have moved on
-                trainer.offer()
-            train_all(trainer, mesh)
-        trainer.finish()
+        train_to_the_end(LiveTrainer(run, npd_stage(run), mesh, metrics), run, mesh)
     return True
 
 
@@ -83,19 +77,28 @@ def npd_stage(run: RunFolder) -> LiveStage:
     )
 
 
+def train_to_the_end(trainer: "LiveTrainer", run: RunFolder, mesh: Mesh) -> None:
+    """From the newest checkpoint on; until the last step the generators get weights as rollout.weights says."""
+    trainer.resume()
+    with _sending(run, mesh, trainer.device) as trainer.sender:
+        if trainer.cursor["step"] == trainer.cursor["published_at"]:  # else the weights have moved on
+            trainer.offer()
+        _train_all(trainer, mesh)
+    trainer.finish()
+
+
 @contextmanager
 def _sending(run: RunFolder, mesh: Mesh, model_device: torch.device) -> Iterator[WeightSender | None]:
     rollout = run.config.rollout
     if rollout.weights == "disk":
         yield None
         return
-    folder, dtype = run.path / "weights", DTYPES[rollout.dtype]
     device = model_device if rollout.weights == "device" else None
-    with open_sender(folder, dtype, mesh, timeout_s=SILENCE_S, device=device) as sender:
+    with open_sender(run.weights.folder, DTYPES[rollout.dtype], mesh, timeout_s=SILENCE_S, device=device) as sender:
         yield sender
 
 
-def train_all(trainer: "LiveTrainer", mesh: Mesh) -> None:
+def _train_all(trainer: "LiveTrainer", mesh: Mesh) -> None:
     """Every step that is left, with a bar, and now and then a line about all processes."""
     steps, status = trainer.pacing.steps, Status(trainer.path)
     with progress(trainer.stage.name, steps, "steps", trainer.cursor["step"], shown=mesh.rank == 0) as bar:

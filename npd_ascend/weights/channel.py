@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 class WeightChannel(Protocol):
+    folder: Path  # RUN/weights or RUN/grpo/weights, where a sender says where it is too
+
     def publish(
         self, version: int, model: "Decoder", source: Path, probes: Sequence[Probe], mesh: "Mesh", *, step: int = 0
     ) -> None:

@@ -1,7 +1,7 @@
 """The trainer's end of the fast path: the newest version in memory, handed to every rollout worker that asks.
 
-RUN/weights/sender.json says where, and holds the token without which nothing is answered; it is readable for the user
-alone. A version exists because it is on disk: who cannot get it here takes it from there.
+sender.json beside the versions says where, and holds the token without which nothing is answered; it is readable for
+the user alone. A version exists because it is on disk: who cannot get it here takes it from there.
 """
 
 import json
