@@ -6,7 +6,7 @@ Every default that the NPD paper does not state says so in docs/method.md.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -129,17 +129,37 @@ class AdditionSource(Section):
 
 
 class ReasoningGymSource(Section):
-    """`count` questions from `first` on, in turn from each named data set of the reasoning-gym package.
+    """`count` different questions from `first` on, in turn from each named data set of the reasoning-gym package.
 
-    Tell two sources apart by `first`, not by `seed`: the package seeds row i with seed + i, so the sets of
-    neighbouring seeds are almost the same.
+    A question that a data set has had before is passed over, so sources that differ in `first` and `count` alone share
+    none if their ranges share none. Do not tell two sources apart by `seed`: the package seeds row i with seed + i, so
+    the sets of neighbouring seeds are almost the same.
     """
+
+    # rows looked through for one new question, on the average; a data set that repeats itself more has no more to give
+    REPEATS: ClassVar[int] = 20
 
     kind: Literal["reasoning_gym"]
     datasets: tuple[str, ...] = Field(min_length=1)
+    # of a data set, by its name: what the package lets one set, for example chain_sum: {max_terms: 2}
+    parameters: dict[str, dict[str, Any]] = Field({})
     first: int = Field(0, ge=0)
     count: int = Field(ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _parameters_fit(self):
+        for name, settings in self.parameters.items():
+            if name not in self.datasets:
+                raise ValueError(f"parameters are there for {name}, which datasets does not name; add or remove it")
+            if taken := settings.keys() & {"seed", "size"}:
+                raise ValueError(f"parameters.{name}.{min(taken)} follows from seed, first and count; remove it")
+        return self
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """Of reasoning_gym.create_dataset for the data set `name`, with as many rows as are looked through at most."""
+        rows = self.REPEATS * -(-(self.first + self.count) // len(self.datasets))
+        return {"name": name, "seed": self.seed, "size": rows, **self.parameters.get(name, {})}
 
 
 Source = Annotated[JsonlSource | AdditionSource | ReasoningGymSource, Field(discriminator="kind")]
@@ -279,6 +299,11 @@ class Config(Section):
             raise ValueError(
                 f"rollout.batch_size={rollout.batch_size} is below grpo.group_size={grpo.group_size}, and a group is "
                 f"generated together; raise the first"
+            )
+        if "reasoning_gym" in grpo.rewards and not isinstance(self.data.problems, ReasoningGymSource):
+            raise ValueError(
+                f"grpo.rewards.reasoning_gym scores problems of that package, and data.problems is of kind "
+                f"{self.data.problems.kind}; choose another reward, or problems of kind reasoning_gym"
             )
 
 

@@ -3,7 +3,7 @@ sees the same rows."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -194,15 +194,31 @@ def _reasoning_gym(source: ReasoningGymSource) -> Iterator[tuple[str, str, str, 
         import reasoning_gym
     except ImportError:
         raise UserError(
-            "reasoning_gym is not installed; pip install -r requirements-smollm2.txt, or use another source"
+            "reasoning_gym is not installed; pip install -r requirements-rewards.txt, or use another source"
         ) from None
-    stop = source.first + source.count
-    try:
-        size = -(-stop // len(source.datasets))
-        tables = [reasoning_gym.create_dataset(name, seed=source.seed, size=size) for name in source.datasets]
-    except ValueError as error:
-        raise UserError(f"reasoning_gym: {error}") from None
-    for index in range(source.first, stop):
-        row_index, turn = divmod(index, len(tables))
-        name, row = source.datasets[turn], tables[turn][row_index]
-        yield f"{name}[{row_index}]", f"{name}:{source.seed}:{row_index}", row["question"], row["answer"]
+    questions = []
+    for name in source.datasets:
+        try:
+            questions.append(_different_rows(reasoning_gym.create_dataset(**source.arguments(name))))
+        except (ValueError, TypeError, AssertionError) as error:  # no such data set, parameter, or value of it
+            raise UserError(f"reasoning_gym: {name}: {error}; mend datasets or parameters of that source") from None
+    for index in range(source.first + source.count):
+        turn = index % len(questions)
+        name, (number, row) = source.datasets[turn], next(questions[turn], (None, None))
+        if row is None:
+            raise UserError(
+                f"reasoning_gym: {name} has no more than {index // len(questions)} different questions, and first + "
+                f"count ask for {source.first + source.count} of all sets; lower them, or set parameters.{name}"
+            )
+        if index >= source.first:
+            yield f"{name}[{number}]", f"{name}:{source.seed}:{number}", row["question"], row["answer"]
+
+
+def _different_rows(dataset: Sequence[dict]) -> Iterator[tuple[int, dict]]:
+    """The rows, with their numbers, whose question no row before has had."""
+    seen = set()
+    for number in range(len(dataset)):
+        row = dataset[number]
+        if row["question"] not in seen:
+            seen.add(row["question"])
+            yield number, row

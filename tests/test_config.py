@@ -56,6 +56,11 @@ def test_overrides_are_typed():
         ("npd.refresh_after=[5, 20]", "must rise and lie between 1 and epochs-1=9"),
         ("npd.optimizer.min_lr=1", "min_lr=1.0 is above lr"),
         ("teacher=null", "npd needs teacher"),
+        ("data.prompts={kind: reasoning_gym, datasets: [a], count: 1, parameters: {b: {}}}", "are there for b, which"),
+        (
+            "data.prompts={kind: reasoning_gym, datasets: [a], count: 1, parameters: {a: {size: 2}}}",
+            "parameters.a.size follows from seed, first and count",
+        ),
         ("data.gold=null", "sft needs data.gold"),
         ("filters.max_tokens=99999", "lower the first or raise the second"),
         ("rollout.dtype=fp8", "rollout.dtype: Input should be"),

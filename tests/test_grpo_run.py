@@ -53,6 +53,7 @@ def settings(folder: Path, *more: str) -> list[str]:
     [
         (["rollout.temperature=0.8"], "rollout.temperature=0.8 and top_p=1.0 with grpo"),
         (["rollout.batch_size=8"], "rollout.batch_size=8 is below grpo.group_size=16"),
+        (["grpo.rewards={reasoning_gym: 1}"], "data.problems is of kind addition"),
         (["grpo.rewards={format: 1}"], "rewards.format and format"),
         (["grpo.rewards={format: 1}", "grpo.format='('"], "is no regular expression"),
         (["grpo.rewards={taste: 1}"], "exact_match"),

@@ -85,6 +85,51 @@ def test_files_of_one_name_stay_apart_and_one_row_twice_is_refused(tokenizer, tm
         read_source(twice, tokenizer, max_prompt_tokens=10_000)
 
 
+def gym(tokenizer, datasets, first, count, **parameters):
+    pytest.importorskip("reasoning_gym", reason="pip install -r requirements-rewards.txt")
+    source = ReasoningGymSource(
+        kind="reasoning_gym", datasets=datasets, parameters=parameters, first=first, count=count
+    )
+    return read_source(source, tokenizer, max_prompt_tokens=10_000)
+
+
+SUMS = {"chain_sum": {"max_terms": 2, "max_digits": 1}}  # 200 questions at most
+
+
+def test_no_question_of_reasoning_gym_comes_twice(tokenizer):
+    """Nor in two sources whose ranges are apart, which is how what is trained and what is held out stay apart."""
+    names = ("chain_sum", "spell_backward")
+    whole = gym(tokenizer, names, 0, 240, **SUMS)
+    assert len({prompt.text for prompt in whole}) == 240
+    assert {len(prompt.text.split(":")[1].split()) for prompt in whole[::2]} == {4}  # "3 + 4 ="
+    parts = gym(tokenizer, names, 0, 90, **SUMS) + gym(tokenizer, names, 90, 150, **SUMS)
+    assert [(p.text, p.answer) for p in parts] == [(p.text, p.answer) for p in whole]
+    assert len({p.prompt_id for p in parts}) == 240
+
+
+def test_a_set_of_reasoning_gym_that_has_no_more_says_how_many(tokenizer):
+    with pytest.raises(UserError, match=r"chain_sum has no more than 200 different .* first \+ count ask for 300"):
+        gym(tokenizer, ("chain_sum",), 10, 290, **SUMS)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "parameters", "said"),
+    [
+        (("chain_suns",), {}, "chain_suns: Dataset 'chain_suns' not registered"),
+        (("chain_sum",), {"chain_sum": {"terms": 2}}, "unexpected keyword argument 'terms'; mend datasets or param"),
+        (
+            ("chain_sum",),
+            {"chain_sum": {"max_terms": 1}},
+            "max_terms must be >= min_terms; mend datasets or parameters",
+        ),
+    ],
+)
+def test_what_reasoning_gym_does_not_take_is_told(tokenizer, datasets, parameters, said):
+    with pytest.raises(UserError, match=r"reasoning_gym: chain_su") as error:
+        gym(tokenizer, datasets, 0, 4, **parameters)
+    assert said in str(error.value)
+
+
 def test_other_line_separators_of_unicode_do_not_end_a_line(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "1+1", "note": "a\u2028b"}, ensure_ascii=False) + "\n")
     assert [prompt.text for prompt in _read(tokenizer, tmp_path / "a.jsonl")] == ["1+1"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from npd_ascend.config import ReasoningGymSource
 from npd_ascend.errors import UserError
 from npd_ascend.rewards import functions
 from npd_ascend.rewards.functions import Answer, check_installed, reward_of
@@ -15,8 +16,8 @@ from npd_ascend.rewards.sandbox import Sandbox
 
 
 def answer(text, reference="7", **changes):
-    given = {"text": text, "whole_text": text, "reference": reference, "prompt_id": "problems:7", "format": None}
-    return Answer(**given | changes)
+    given = {"text": text, "whole_text": text, "reference": reference, "prompt_id": "problems:7"}
+    return Answer(**given | {"format": None, "dataset": None} | changes)
 
 
 def test_exact_match_and_format():
@@ -42,10 +43,29 @@ def test_what_math_verify_stumbles_over_is_not_a_wrong_answer():
 
 def test_reasoning_gym_finds_the_problem_again():
     reasoning_gym = pytest.importorskip("reasoning_gym")
-    entry = reasoning_gym.create_dataset("basic_arithmetic", seed=3, size=9)[4]
-    problem = {"prompt_id": "problems:basic_arithmetic:3:4", "reference": entry["answer"]}
-    assert reward_of("reasoning_gym", answer(entry["answer"], **problem)) == 1.0
-    assert reward_of("reasoning_gym", answer("no number", **problem)) < 1.0
+    """With the parameters and the number of rows that it was made with: rows of acre depend on how many there are."""
+    sources = [
+        ReasoningGymSource(kind="reasoning_gym", datasets=("chain_sum",), parameters=parameters, seed=3, count=9)
+        for parameters in ({}, {"chain_sum": {"max_terms": 2, "max_digits": 3}})
+    ]
+    sources.append(ReasoningGymSource(kind="reasoning_gym", datasets=("acre",), seed=3, count=2))
+    for source in sources:
+        (name,) = source.datasets
+        arguments = source.arguments(name)
+        entry = reasoning_gym.create_dataset(**arguments)[1]
+        problem = {"prompt_id": f"problems:{name}:3:1", "reference": entry["answer"], "dataset": arguments}
+        assert reward_of("reasoning_gym", answer(entry["answer"], **problem)) == 1.0
+        assert reward_of("reasoning_gym", answer("no number", **problem)) < 1.0
+
+
+def test_a_data_set_of_many_words_is_read_once():
+    pytest.importorskip("reasoning_gym")
+    functions._reasoning_gym_dataset.cache_clear()
+    arguments = ReasoningGymSource(kind="reasoning_gym", datasets=("spell_backward",), count=50).arguments
+    for row in range(50):
+        given = answer("x", prompt_id=f"problems:spell_backward:0:{row}", dataset=arguments("spell_backward"))
+        reward_of("reasoning_gym", given)
+    assert functions._reasoning_gym_dataset.cache_info().misses == 1
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):

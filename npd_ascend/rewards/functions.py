@@ -5,9 +5,11 @@ reasoning-gym's scorers give shares in between. Imported by a process without to
 """
 
 import importlib.util
+import json
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from npd_ascend.errors import UserError
 
@@ -22,7 +24,8 @@ class Answer:
     text: str  # the answer, without special tokens and without the thought before it
     whole_text: str  # with the thought
     reference: str | None  # the problem's reference answer
-    prompt_id: str  # role:source:...; a reasoning-gym problem is found again by it
+    prompt_id: str  # role:source:...; of a reasoning-gym problem the row stands at its end
+    dataset: dict[str, Any] | None  # of reasoning-gym: arguments of its create_dataset
     format: str | None  # grpo.format
 
 
@@ -34,7 +37,7 @@ def reward_of(name: str, answer: Answer) -> float:
         case "math_verify":
             return math_verify_match(answer.text, answer.reference)
         case "reasoning_gym":
-            return reasoning_gym_score(answer.text, answer.prompt_id)
+            return reasoning_gym_score(answer.text, answer.prompt_id, answer.dataset)
         case "format":
             return format_match(answer.whole_text, answer.format)
     raise ValueError(f"no reward function {name!r}")
@@ -65,18 +68,18 @@ def format_match(whole_text: str, pattern: str) -> float:
     return float(re.fullmatch(pattern, whole_text.strip(), re.DOTALL) is not None)
 
 
-def reasoning_gym_score(text: str, prompt_id: str) -> float:
+def reasoning_gym_score(text: str, prompt_id: str, arguments: dict[str, Any]) -> float:
     """0 to 1, by the scorer of the data set that the problem is from (npd_ascend/prompts.py makes the id)."""
-    _, name, seed, row = prompt_id.split(":")
-    dataset = _reasoning_gym_dataset(name, int(seed), int(row) + 1)
-    return float(dataset.score_answer(answer=text.strip(), entry=dataset[int(row)]))
+    dataset, row = _reasoning_gym_dataset(json.dumps(arguments)), int(prompt_id.rpartition(":")[2])
+    return float(dataset.score_answer(answer=text.strip(), entry=dataset[row]))
 
 
 @cache
-def _reasoning_gym_dataset(name: str, seed: int, size: int):
+def _reasoning_gym_dataset(arguments: str):
+    """Made once: some read a file of many words."""
     import reasoning_gym
 
-    return reasoning_gym.create_dataset(name, seed=seed, size=size)
+    return reasoning_gym.create_dataset(**json.loads(arguments))
 
 
 def check_installed(names) -> None:

@@ -3,7 +3,9 @@
 import logging
 import time
 from functools import partial
+from typing import Any
 
+from npd_ascend.config import ReasoningGymSource
 from npd_ascend.errors import UserError
 from npd_ascend.metrics import MetricsLog
 from npd_ascend.pacing import open_grpo_pacing
@@ -61,6 +63,7 @@ class Judge:
 
     def __init__(self, run: RunFolder, tokenizer: ChatTokenizer):
         self._grpo, self._tokenizer, self._where = run.config.grpo, tokenizer, run.for_grpo().stream.folder
+        self._problems = run.config.data.problems
         self._sandbox = Sandbox(list(self._grpo.rewards), self._grpo.reward_timeout_s)
         self._metrics = MetricsLog(run.path, "grpo-reward")
 
@@ -73,12 +76,18 @@ class Judge:
                 whole_text=self._tokenizer.decode_text(ids),
                 reference=prompt.answer,
                 prompt_id=prompt.prompt_id,
+                dataset=self._dataset(prompt),
                 format=self._grpo.format,
             )
         )
         weights = self._grpo.rewards
         total = None if values is None else sum(weight * values[name] for name, weight in weights.items())
         return Reward(sample_id=rollout.sample_id, weight_version=rollout.weight_version, reward=total, why=why)
+
+    def _dataset(self, problem: Prompt) -> dict[str, Any] | None:
+        if not isinstance(self._problems, ReasoningGymSource):
+            return None
+        return self._problems.arguments(problem.prompt_id.split(":")[1])
 
     def check_first(self, rewards: list[Reward]) -> None:
         """UserError if no reward of the run's first shard is known: the functions do not fit the problems."""
