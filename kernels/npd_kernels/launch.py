@@ -67,6 +67,8 @@ def triton_unavailable(device: torch.device) -> str | None:
         return "Triton generates no code for CPUs (TRITON_INTERPRET=1 is for tests)"
     if device.type not in ROW_TILES:
         return f"no launch table for {device.type} devices"
+    if device.type == "npu" and importlib.util.find_spec("triton.backends.ascend") is None:
+        return "this triton generates no code for NPUs; install triton-ascend last (docs/ascend.md)"
     return None
 
 
