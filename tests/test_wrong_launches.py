@@ -195,3 +195,26 @@ def test_a_card_in_use_and_a_wrong_row_of_versions_end_the_launch_scripts(script
     assert re.search(r"^NPU memory +failed +chip 1 has 31877 of 65536 MB in use", done.stdout, re.MULTILINE)
     assert "peak" not in done.stdout  # npd plan did not begin
     assert not (tmp_path / "runs" / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["npd_8npu.sh", "npd_cluster.sh"])
+def test_a_plan_that_wants_more_than_nine_tenths_of_a_card_ends_the_launch_scripts(script, tmp_path):
+    """The run alone would take it. This machine would fail the doctor, who is left out."""
+    (tmp_path / "cann").mkdir()
+    (tmp_path / "cann" / "set_env.sh").write_text("")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$3" = doctor ] && exit 0\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "NPD_DEVICE")}
+    config = str(CONFIGS / "addition_cpu.yaml")
+    environment |= {"PYTHON": str(python), "ASCEND_INSTALL": str(tmp_path), "NPD_CONFIG": config}
+    words = ["bash", f"launch/{script}"]
+    if script == "npd_cluster.sh":
+        environment |= {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+        words += ["--config", config, "parallel.dp=2"]
+    words += ["device.kind=npu", "rollout.engine=vllm", "rollout.kv_cache_gib=57", f"run.folder={tmp_path / 'run'}"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=90)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^rollout .* 57.0 G ", done.stdout, re.MULTILINE)
+    assert "rollout needs 57.1 GiB of a card and 54.6 GiB are there (90% of what is free when idle)" in done.stderr
+    assert not (tmp_path / "run").exists()
