@@ -30,7 +30,8 @@ from npd_ascend.trainer.step import train_step
 
 SAMPLE, PROMPT = 1024, 256
 PANGU_1B = MODELS["openPangu-Embedded-1B"]
-SHAPES = {"1B": PANGU_1B, "tiny": replace(PANGU_1B, num_layers=2, vocab_size=8192, hidden_size=512)}
+TINY = {"num_layers": 2, "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_heads": 2}
+SHAPES = {"1B": PANGU_1B, "tiny": replace(PANGU_1B, **TINY, num_kv_heads=1)}
 
 
 def main() -> None:
@@ -48,7 +49,10 @@ def main() -> None:
     samples = args.pack_tokens // SAMPLE
     flops = 3 * shape.forward_flops([SAMPLE] * samples, samples * (SAMPLE - PROMPT))
     hardware = ASCEND if fused else this_host()
-    row = {"device": hardware.name, "model": args.model, "pack_tokens": samples * SAMPLE, "recompute": args.recompute}
+    # whose share of peak is that of a 910B2, whichever it is
+    card = {"card": torch.get_device_module(device).get_device_name()} if fused else {}
+    row = {"device": hardware.name, **card, "model": args.model, "pack_tokens": samples * SAMPLE}
+    row["recompute"] = args.recompute
     row |= {"step_s": round(min(seconds), 3), "tokens_per_s": round(samples * SAMPLE / min(seconds))}
     row["mfu"] = round(flops / min(seconds) / hardware.flops[torch.bfloat16].value, 3)
     row |= {"peak_gib": round(peak / 2**30, 2), "planned_gib": round(planned(shape, config, args) / 2**30, 2)}

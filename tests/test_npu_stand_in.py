@@ -1,6 +1,8 @@
 """device.kind: npu from end to end, on a device that is none: npu_stand_in/torch_npu has memory of its own, which no
 operator mixes with the host's, and computes with the kernels of the CPU. Its HCCL is gloo on that memory."""
 
+import argparse
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +18,10 @@ from command import npd_here
 from conftest import CONFIGS
 from safetensors.torch import load_file
 from torch.utils import cpp_extension
+
+from npd_ascend.config import KernelConfig
+from npd_ascend.planner.command import HEADROOM
+from npd_ascend.planner.rates import ASCEND
 
 pytestmark = pytest.mark.slow
 
@@ -81,22 +87,56 @@ def test_what_waits_for_a_card_runs_on_one(environment):
 import bodies
 import torch
 from npd_ascend.device import open_device
-from npd_ascend.model.decoder import PLAIN
+from npd_ascend.model.decoder import PLAIN, Kernels
 
 card = open_device("npu", 0)
 for dtype in (torch.float32, torch.bfloat16):
     for rows in (
         bodies.attention(card, dtype, "sdpa"),
+        bodies.attention(card, dtype, "npu"),
         bodies.loss(card, dtype, "chunked"),
         bodies.divergence(card, dtype, "chunked", 0.5),
         bodies.layers(card, dtype, "torch"),
+        bodies.layers(card, dtype, "npu"),
         bodies.step_gradients(card, dtype, PLAIN, "chunked", "selective"),
+        bodies.step_gradients(card, dtype, Kernels("npu", "npu"), "chunked", "selective"),
         bodies.whole_steps(card, dtype, PLAIN, "chunked"),
     ):
         print([row.name for row in rows if not row.passed])
+print([row.name for row in bodies.loss(card, torch.bfloat16, "npu") if not row.passed])
 """
     paths = f"{HERE / 'npu'}{os.pathsep}{environment['PYTHONPATH']}"
-    assert python(environment | {"PYTHONPATH": paths}, "-c", code).split() == ["[]"] * 12
+    with_nnal = environment | {"PYTHONPATH": paths, "ATB_HOME_PATH": "here"}
+    assert python(with_nnal, "-c", code).split() == ["[]"] * 19
+
+
+def test_the_benchmarks_for_a_card_run_on_one(environment, tmp_path, monkeypatch):
+    """In the small form of their sizes; what is asked at full size has to fit a card."""
+    monkeypatch.syspath_prepend(HERE.parent / "benchmarks")
+    mfu = importlib.import_module("mfu")
+    (tmp_path / "cann").mkdir()
+    (tmp_path / "cann" / "set_env.sh").touch()
+    done = subprocess.run(
+        ["bash", HERE.parent / "benchmarks" / "npu.sh", "--small"],
+        env=environment | {"ASCEND_INSTALL": str(tmp_path), "ATB_HOME_PATH": "here", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *steps, kernels = map(json.loads, done.stdout.splitlines())
+    assert [row["asked"][0] for row in steps] == ["mfu"] * 3
+    for row in steps:
+        assert row["measured"]["model"] == "tiny"
+        assert row["measured"]["step_s"] > 0
+        assert row["measured"]["peak_gib"] > 0
+        pack_tokens, recompute = row["asked"][6], row["asked"][8]
+        asked = argparse.Namespace(device="npu", pack_tokens=int(pack_tokens), recompute=recompute)
+        planned = mfu.planned(mfu.SHAPES["1B"], KernelConfig(attention="npu", layer="npu"), asked)
+        assert planned < HEADROOM * (ASCEND.memory.value - ASCEND.idle.value), row["asked"]
+    cases = [rows for rows in kernels["measured"].values() if isinstance(rows, dict)]
+    ran = [[name for name, row in rows.items() if name.startswith("npd") and "ms" in row] for rows in cases]
+    assert ran == [["npd sdpa", "npd npu"]] * 2 + [["npd chunked", "npd npu"], ["npd chunked"]]
 
 
 def test_the_doctor_asks_the_device_and_not_the_host(environment):

@@ -8,12 +8,16 @@ import contextlib
 import importlib.util
 import os
 import types
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.distributed
 
 from .hccl import Hccl
+from .operators import _npu_matmul_add_fp32, npu_fusion_attention, npu_rms_norm, npu_rotary_mul, npu_swiglu
+
+__all__ = ["_npu_matmul_add_fp32", "npu", "npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"]
 
 _spec = importlib.util.spec_from_file_location("device", os.environ["NPD_STAND_IN"])
 _device = importlib.util.module_from_spec(_spec)
@@ -24,16 +28,20 @@ def _set_device(device: int | torch.device) -> None:
     _device.set_device(device if isinstance(device, int) else device.index or 0)
 
 
-def _not_here(*_, **__):
-    raise NotImplementedError("an operator of the NPU, and this is none")
+def _of_this_process(field: str) -> int:
+    """Bytes; the memory of every card is that of the host."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
-npu_fusion_attention = npu_rotary_mul = _not_here  # transformers imports them where there is a torch_npu
 npu = types.ModuleType("torch.npu")
 npu.device_count = lambda: _device.cards
 npu.is_available = npu.is_initialized = lambda: True
 npu.current_device = _device.current_device
 npu.set_device = _set_device
+npu.get_device_name = lambda device=None: "a CPU that stands in for an NPU"
+npu.memory_allocated = lambda device=None: _of_this_process("VmRSS")
+npu.max_memory_allocated = lambda device=None: _of_this_process("VmHWM")
+npu.reset_peak_memory_stats = lambda device=None: Path("/proc/self/clear_refs").write_text("5")
 
 
 class _Stream:
