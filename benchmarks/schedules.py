@@ -23,18 +23,26 @@ ON_POLICY = ["npd.refresh_after=[]", "npd.stream={publish_every: 1, max_lag: 0}"
 WEIGHTS = ("publish/busy_s", "rollout/load_s", "sync/gather_s", "sync/wait_s", "sync/transfer_s", "sync/load_s")
 
 
-def main() -> None:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/schedules"))
     parser.add_argument("--on-policy", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def on_policy_words(args: argparse.Namespace) -> list[str]:
+    return [*args.overrides, *ON_POLICY, *args.on_policy]
+
+
+def main() -> None:
+    args = arguments()
     cycle, on_policy = (args.folder.absolute() / name for name in ("cycle", "on-policy"))
     run(args.config, cycle, args.overrides)
     if (sft := cycle / "weights" / "v0").exists() and not on_policy.exists():
         shutil.copytree(sft, on_policy / "weights" / "v0")
-    run(args.config, on_policy, [*args.overrides, *ON_POLICY, *args.on_policy])
+    run(args.config, on_policy, on_policy_words(args))
     rows = {folder.name: measure(folder) for folder in (cycle, on_policy)}
     ratio = rows["cycle"]["answer_tokens_per_hour"] / rows["on-policy"]["answer_tokens_per_hour"]
     print(json.dumps(rows | {"cycle / on-policy": ratio}, indent=2))

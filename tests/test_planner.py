@@ -1,9 +1,11 @@
 """The planner against real training steps, and what it says of a layout that cannot fit."""
 
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import PLAIN, Decoder, recomputed
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.parallel.plan import cut_model
+from npd_ascend.placement import place, recipe
 from npd_ascend.planner.command import HEADROOM, _Asked, held_of_a_set
 from npd_ascend.planner.layer import Live, count_layer, silent_mesh
 from npd_ascend.planner.memory import (
@@ -401,6 +404,30 @@ def test_what_is_shipped_for_npus_fits_a_card(addition_student, tmp_path, name, 
     asked = _Asked(load_config(CONFIGS / f"{name}.yaml", words), ASCEND)
     plan = asked.plan(asked.layout)
     assert [memory.role for memory in plan.memory if memory.peak > plan.limits[memory.role]] == []
+
+
+def test_the_schedules_of_the_benchmark_fit_eight_cards(addition_student, tmp_path, monkeypatch):
+    """Both of them as benchmarks/npu.sh asks for them, and the one that the configuration's comment names."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    schedules = importlib.import_module("schedules")
+    script = (ROOT / "benchmarks" / "npu.sh").read_text().replace("\\\n", " ")
+    (line,) = re.findall("measure schedules (.*)", script)
+    options = schedules.arguments(shlex.split(line))
+    options.config = ROOT / options.config
+    comment = options.config.read_text().replace("\n# ", " ")
+    side_by_side = shlex.split(re.search("describes it: (.*), in shorter packs", comment).group(1))
+    shutil.copytree(addition_student, tmp_path / "teacher")
+    models = [f"teacher.path={_shaped(tmp_path / 'teacher', PANGU_7B)}"]
+    models += [f"student.path={_shaped(addition_student, PANGU_1B)}"]
+    sums = [f"data.{role}={{kind: addition, first: {first}}}" for role, first in (("heldout", 1), ("prompts", 9999))]
+    for words in (options.overrides, schedules.on_policy_words(options), side_by_side):
+        counts = ["data.heldout.count=8", "data.prompts.count=512"]
+        config = load_config(options.config, [*models, *sums, *counts, *words])
+        asked = _Asked(config, ASCEND)
+        plan = asked.plan(asked.layout)
+        assert [memory.role for memory in plan.memory if memory.peak > plan.limits[memory.role]] == [], words
+        for group in recipe(config):
+            place(config, group, list("01234567"))
 
 
 def test_each_stage_is_planned_with_packs_of_its_own():
