@@ -10,6 +10,7 @@ SHAPES = {
     "head 256": (4, 1, 256),
 }
 ATTENTION = ["forward", "backward_q", "backward_kv"]
+LOSS = ["lse_and_targets", "gradient"]
 DIVERGENCE = [("logsumexp", None)] + [(kernel, kind) for kernel in ("terms", "gradient") for kind in range(3)]
 
 

@@ -1,7 +1,11 @@
 """The launch policy: few programs do all the work, and the table has a tile for whatever it promises."""
 
+import ast
+
 import pytest
 import torch
+from conftest import CONFIGS
+from kernel_signatures import ATTENTION, DIVERGENCE, LOSS
 
 from npd_kernels import launch, streaming
 from npd_kernels.dense_divergence import dense_divergence
@@ -53,3 +57,24 @@ def test_every_head_size_up_to_256_has_a_tile_and_larger_ones_are_refused(device
 
 def test_every_device_with_tiles_has_a_budget_for_its_chunks():
     assert launch.ATTENTION_TILES.keys() == launch.ROW_TILES.keys() == streaming.CHUNK_BYTES.keys()
+
+
+def _called(function: ast.FunctionDef) -> set[str]:
+    return {
+        node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+
+
+def test_every_kernel_that_is_launched_is_among_those_that_are_compiled():
+    """For an Ascend 910B and for NVIDIA GPUs, in environments of their own: tests/ascend, tests/cuda."""
+    trees = {file: ast.parse(file.read_text()) for file in (CONFIGS.parent / "kernels" / "npd_kernels").rglob("*.py")}
+    jitted = {
+        (file.parent.name, node.name): node
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+    }
+    parts = set().union(*map(_called, jitted.values()))
+    compiled = {"packed_attention": ATTENTION, "token_loss": LOSS, "dense_divergence": [name for name, _ in DIVERGENCE]}
+    launched = {key for key in jitted if key[1] not in parts}
+    assert launched == {(operation, name) for operation, names in compiled.items() for name in names}

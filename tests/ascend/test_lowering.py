@@ -4,6 +4,7 @@ import pytest
 from kernel_signatures import (
     ATTENTION,
     DIVERGENCE,
+    LOSS,
     SHAPES,
     attention_arguments,
     divergence_arguments,
@@ -41,7 +42,7 @@ def test_attention_fits_the_chip(kernel, shape, dtype, chip):
     ("chip", "dtype", "slots"),
     [(CHIPS[0], dtype, slots) for dtype in ("bf16", "fp32") for slots in (1, 11, 65)] + [(CHIPS[1], "bf16", 11)],
 )
-@pytest.mark.parametrize("kernel", ["lse_and_targets", "gradient"])
+@pytest.mark.parametrize("kernel", LOSS)
 def test_token_loss_fits_the_chip(kernel, slots, dtype, chip):
     sizes = loss_constants(kernel, slots, TILES["token_loss"].cols)
     lowered = lower(getattr(loss_kernels, kernel), loss_arguments(kernel, dtype), sizes, chip)

@@ -5,6 +5,7 @@ from compiling import compile_for
 from kernel_signatures import (
     ATTENTION,
     DIVERGENCE,
+    LOSS,
     SHAPES,
     attention_arguments,
     divergence_arguments,
@@ -44,7 +45,7 @@ def test_attention_fits(kernel, shape, dtype, capability):
 @pytest.mark.parametrize("capability", list(SHARED_BYTES))
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("slots", [1, 11, 65])
-@pytest.mark.parametrize("kernel", ["lse_and_targets", "gradient"])
+@pytest.mark.parametrize("kernel", LOSS)
 def test_token_loss_fits(kernel, slots, dtype, capability):
     tile = TILES["token_loss"]
     sizes, arguments = loss_constants(kernel, slots, tile.cols), loss_arguments(kernel, dtype)
