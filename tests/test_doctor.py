@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import CONFIGS
 
 from npd_ascend.__main__ import main
 from npd_ascend.config import load_config
-from npd_ascend.doctor import collectives, compute, device
+from npd_ascend.doctor import collectives, compute, device, host
 from npd_ascend.doctor.collectives import collective_findings
 from npd_ascend.doctor.command import examine
 from npd_ascend.doctor.device import Chip, device_findings, parse_npu_smi
@@ -319,3 +320,48 @@ def test_the_table_of_a_machine_with_npus_comes_from_the_path(tmp_path, monkeypa
     assert re.search(r"^driver +warning +24.1.0.3, 2 chips, 910B2; older than 26.0.rc1, ", said, re.MULTILINE)
     assert re.search(r"^versions +failed +cann is not installed, requirements-npu.txt says 9.1.0", said, re.MULTILINE)
     assert re.search(r"^device +failed +`import torch_npu` ended with exit code 1: ModuleNotFound", said, re.M)
+
+
+def _vllm(folder: Path, code: str) -> None:
+    (folder / "vllm").mkdir()
+    (folder / "vllm" / "__init__.py").write_text(code)
+
+
+@pytest.mark.slow
+def test_a_vllm_that_does_not_start_is_one_row_of_the_table(tmp_path):
+    _vllm(tmp_path, "raise ImportError('libatb.so: cannot open shared object file')")
+    done = subprocess.run(
+        [sys.executable, "-m", "npd_ascend", "doctor"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("vLLM"))
+    assert re.search(
+        r"failed .*\(libatb.so: cannot open shared object file\).*; compare vllm and vllm-ascend with", row
+    )
+
+
+@pytest.mark.slow
+def test_a_vllm_that_hangs_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    pids = tmp_path / "pids"
+    _vllm(
+        tmp_path,
+        f"""
+import os, subprocess, time
+child = subprocess.Popen(["sleep", "600"])
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+time.sleep(600)
+""",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(host, "_VLLM_TIMEOUT_S", 25)  # to get as far as its import
+    found = host.vllm_finding("float32")
+    assert (found.status, found.detail.split(";")[0]) == ("failed", "no answer within 25 s")
+    for pid in pids.read_text().split():
+        status = Path(f"/proc/{pid}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -97,11 +98,19 @@ def vllm_finding(dtype: str) -> Finding:
         return Finding("vLLM", "not applicable", "the package vllm is not installed; rollout.engine=hf needs none")
     command = [sys.executable, "-m", "npd_ascend.doctor.vllm_start", dtype]
     started = time.perf_counter()
+    # a group of its own, so that nothing it has started is left where it hangs
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_VLLM_TIMEOUT_S)
+        out, err = process.communicate(timeout=_VLLM_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return Finding("vLLM", "failed", f"no answer within {_VLLM_TIMEOUT_S} s; look at VLLM_LOGGING_LEVEL=DEBUG")
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no reason given"]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        last = (err or out).strip().splitlines()[-1:] or ["no reason given"]
         return Finding("vLLM", "failed", f"{last[0][:240]}; compare vllm and vllm-ascend with the row of versions")
-    return Finding("vLLM", "ok", f"{done.stdout.split()[-1]} answered, {time.perf_counter() - started:.0f} s in all")
+    return Finding("vLLM", "ok", f"{out.split()[-1]} answered, {time.perf_counter() - started:.0f} s in all")
