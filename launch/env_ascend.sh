@@ -1,5 +1,6 @@
 # Sourced by what runs on Ascend NPUs:  . launch/env_ascend.sh
-# Every variable with its reason; their public sources stand in docs/ascend.md. What is set already stays as it is.
+# Every variable with its reason; their public sources stand in docs/ascend.md. What is set already stays as it is,
+# but for the last.
 # With _npd_dry CANN is not looked for, and the variables are printed: for --dry-run.
 
 if [ -z "${_npd_dry:-}" ]; then
@@ -57,8 +58,9 @@ export HCCL_NPU_SOCKET_PORT_RANGE=${HCCL_NPU_SOCKET_PORT_RANGE:-61000-61050}
 # device.py then asks torch's operators for the same.
 export HCCL_DETERMINISTIC=${HCCL_DETERMINISTIC:-false}
 
-# Weights are replaced in place after a refresh; in the NPU's own block format (FRACTAL_NZ) they could not be.
-export VLLM_ASCEND_ENABLE_NZ=${VLLM_ASCEND_ENABLE_NZ:-0}
+# Weights are replaced in place after a refresh; in the NPU's own block format (FRACTAL_NZ) they could not be. So a
+# rollout worker sets it whatever it was, and so does this.
+export VLLM_ASCEND_ENABLE_NZ=0
 
 if [ -n "${_npd_dry:-}" ]; then
   echo "in every environment, after CANN's own set_env.sh (launch/env_ascend.sh):"

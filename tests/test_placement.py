@@ -139,7 +139,8 @@ def test_the_launch_script_says_what_it_would_start_on_a_machine_without_cards(m
     words = ["bash", "launch/npd_8npu.sh", "--dry-run", *more]
     python = Path(os.sys.executable).parent
     environment = {k: v for k, v in os.environ.items() if k != "NPD_DEVICE"} | {
-        "PATH": f"{python}:{os.environ['PATH']}"
+        "PATH": f"{python}:{os.environ['PATH']}",
+        "VLLM_ASCEND_ENABLE_NZ": "1",  # which no rollout worker would have
     }
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, check=False)
     assert done.returncode == 0, done.stderr
