@@ -70,8 +70,9 @@ def check_run(config: Config) -> str:
         lines.append(_grpo_line(config, tokenizer, heldout))
     lines.append(f"evaluate {len(heldout)} held-out prompts")
     _check_disk(config, student, sum(map(len, shards)))
-    if config.npd and not config.npd.stream and "distill" in roles_to_do(config, len(shards)):
-        _warn_of_host_memory(config, shards)
+    to_do = roles_to_do(config, len(shards))
+    if config.npd and not config.npd.stream and "distill" in to_do:
+        _warn_of_host_memory(config, shards, made="rollout" not in to_do)
     if config.npd and not Stream(config.run.folder / "stream").entries("scores", 0):
         lines.append(_check_teacher(config, tokenizer, heldout))
     return "\n".join(lines)
@@ -208,19 +209,25 @@ def _check_disk(config: Config, student: DecoderConfig, samples: int) -> None:
         )
 
 
-def _warn_of_host_memory(config: Config, shards: list[list[Wanted]]) -> None:
-    """A trainer that takes too much is killed after the set was made; how long its answers are is not known before."""
+def _warn_of_host_memory(config: Config, shards: list[list[Wanted]], *, made: bool) -> None:
+    """A trainer that takes too much is killed after the set was made; how long its answers are is not known before.
+
+    made: the set is there already, as in a replay, and stays as large as it is.
+    """
     prompts = [len(prompt.token_ids) for shard in shards for prompt, _ in shard]
     ranks, of_one = held_of_a_set(config, len(prompts), sum(prompts) / len(prompts))
+    way_out = "lower data.prompts.count or rollout.samples_per_prompt, or set npd.stream, which reads shard by shard"
+    if made:
+        way_out = "take fewer ranks here (parallel.dp, parallel.tp) or a host with more memory"
     if (there := host_memory()) < ranks * of_one:
         _log.warning(
             "npd: a set of %d rollouts, all of which each of the trainer's ranks holds, takes up to %.0f GB of this "
-            "host's memory for %d, and it has %.0f GB; if answers are not much shorter than rollout.max_new_tokens, "
-            "lower data.prompts.count or rollout.samples_per_prompt, or set npd.stream, which reads shard by shard",
+            "host's memory for %d, and it has %.0f GB; if answers are not much shorter than rollout.max_new_tokens, %s",
             len(prompts),
             ranks * of_one / 1e9,
             ranks,
             there / 1e9,
+            way_out,
         )
 
 

@@ -190,6 +190,13 @@ def test_a_set_that_the_host_may_not_hold_is_said_before_it_is_made(tmp_path, mo
     asked = ["data.prompts.count=90", "data.heldout.count=15", f"run.folder={tmp_path}"]
     preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", asked))
     assert re.search(r"npd: a set of 105 rollouts, .* takes up to 0 GB of this host's .* for 1, and it", caplog.text)
+    assert "lower data.prompts.count" in caplog.text
+    caplog.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, "roles_to_do", lambda *_: {"distill"})  # as in a replay, which refuses those
+        preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", asked))
+    assert "take fewer ranks here (parallel.dp, parallel.tp)" in caplog.text
+    assert "data.prompts" not in caplog.text
     caplog.clear()
     two = load_config(CONFIGS / "addition_cpu.yaml", [*asked, "parallel.dp=2"])
     alone, of_one = held_of_a_set(two, 105, 9.5)
