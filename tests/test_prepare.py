@@ -13,8 +13,10 @@ import yaml
 from conftest import CONFIGS
 
 from npd_ascend.config_file import load_yaml
+from npd_ascend.errors import UserError
 from npd_ascend.prepare.command import PrepareConfig, is_heldout
 from npd_ascend.prepare.overlap import EvaluationTexts, contaminated, words_of
+from npd_ascend.prepare.sources import SourceConfig, files_of
 
 QUESTION = "A farmer has seven red hens, four white hens and two old cows; how many legs do they have together?"
 CHINESE = "小明有七个苹果，小红有三个梨，他们一共有多少个水果呢？请写出过程。"
@@ -66,6 +68,51 @@ def test_files_of_every_kind_become_one(tmp_path):
     assert written[3]["source"] == f"{tmp_path}/hub/part-1.arrow:1"
     page = (tmp_path / "data" / "report.html").read_text()
     assert "4 rows read" in page
+
+
+def saved_to_disk(folder: Path, **files: str) -> Path:
+    """As Dataset.save_to_disk leaves it: the arrow files of its state.json, here those that begin with "data"."""
+    folder.mkdir(parents=True)
+    for name, prompt in files.items():
+        table = pa.table({"prompt": [prompt]})
+        with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+    named = [{"filename": f"{name}.arrow"} for name in files if name.startswith("data")]
+    (folder / "state.json").write_text(json.dumps({"_data_files": named, "_split": None}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_of_a_data_set_saved_to_disk_its_caches_are_not_read(tmp_path):
+    saved = saved_to_disk(tmp_path / "set", data_0="What is 1 + 1?", cache_0="What is 1 + 1? Now!", data_1="And 2?")
+    assert [file.name for file in files_of(SourceConfig(path=saved))] == ["data_0.arrow", "data_1.arrow"]
+    more = jsonl(tmp_path / "more.jsonl", {"prompt": "What is 3 + 3?"})
+    assert files_of(SourceConfig(path=tmp_path)) == [more, *files_of(SourceConfig(path=saved))]
+
+
+def test_of_a_data_set_with_splits_one_has_to_be_named(tmp_path):
+    saved = tmp_path / "set"
+    train = saved_to_disk(saved / "train", data="What is 1 + 1?")
+    (saved / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert files_of(SourceConfig(path=saved)) == files_of(SourceConfig(path=train)) == [train / "data.arrow"]
+    saved_to_disk(saved / "test", data="What is 2 + 2?")
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    done = prepare(tmp_path, [{"path": str(saved)}])
+    assert done.returncode == 2
+    assert f"{saved}: holds the splits train, test; name one of them, as {train}" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_copy_of_a_saved_data_set_that_is_not_whole(tmp_path):
+    saved = saved_to_disk(tmp_path / "set", data_0="What is 1 + 1?", data_1="What is 2 + 2?")
+    (saved / "data_1.arrow").unlink()
+    with pytest.raises(UserError, match=r"state.json: names data_1.arrow, which is not there; copy the folder again"):
+        files_of(SourceConfig(path=saved))
+    (saved / "state.json").write_text('{"_data_files": [')
+    with pytest.raises(UserError, match=r"state.json: not JSON \(.*\); copy the folder again"):
+        files_of(SourceConfig(path=saved))
+    (saved / "state.json").write_text("[1]")  # another program's
+    assert files_of(SourceConfig(path=saved)) == [saved / "data_0.arrow"]
 
 
 def test_every_row_is_accounted_for(tmp_path):

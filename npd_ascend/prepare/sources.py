@@ -37,12 +37,42 @@ class Row:
 def files_of(source: SourceConfig) -> list[Path]:
     """In the order in which they are read; UserError if there is none."""
     path = source.path
-    found = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES) if path.is_dir() else [path]
+    found = _files_in(path) if path.is_dir() else [path]
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not found or found[0].suffix not in _SUFFIXES:
         raise UserError(f"{path}: want files that end in {', '.join(_SUFFIXES)}")
     return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Of what `datasets` has saved to disk the files that its state.json names, as it keeps caches beside them.
+
+    UserError for several splits, since one may be for evaluation, and for a copy that is not whole.
+    """
+    for saved in folder.rglob("dataset_dict.json"):
+        splits = _saved_by_datasets(saved, "splits")
+        if len(splits) > 1:
+            raise UserError(
+                f"{saved.parent}: holds the splits {', '.join(splits)}; name one of them, as {saved.parent / splits[0]}"
+            )
+    found = {file for file in folder.rglob("*") if file.suffix in _SUFFIXES}
+    for state in folder.rglob("state.json"):
+        named = {state.parent / file["filename"] for file in _saved_by_datasets(state, "_data_files")}
+        if missing := sorted(named - found):
+            raise UserError(f"{state}: names {missing[0].name}, which is not there; copy the folder again")
+        if named:
+            found = {file for file in found if file.parent != state.parent or file in named}
+    return sorted(found)
+
+
+def _saved_by_datasets(file: Path, key: str) -> list:
+    """What stands under `key`; nothing in a file of that name from elsewhere."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); copy the folder again") from None
+    return saved.get(key, []) if isinstance(saved, dict) else []
 
 
 def count_rows(file: Path) -> int:
