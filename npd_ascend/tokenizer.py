@@ -89,9 +89,9 @@ class ChatTokenizer:
             token = min(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
             return f"token {token!r} is {mine.get(token)} in {self.folder} and {theirs.get(token)} in {other.folder}"
         if self.eos_id != other.eos_id:
-            return f"eos is {self.eos_id} in {self.folder} and {other.eos_id} in {other.folder}"
+            return f"eos is {self.eos_id} in {self.folder} and {other.eos_id} in {other.folder}; {_adopt(self, other)}"
         if self.encode_prompt("x") != other.encode_prompt("x"):
-            return f"the chat templates of {self.folder} and {other.folder} render differently"
+            return f"the chat templates of {self.folder} and {other.folder} render differently; {_adopt(self, other)}"
         return None
 
     def fingerprint(self) -> str:
@@ -111,6 +111,13 @@ class ChatTokenizer:
         if getattr(self._tokenizer, "add_bos_token", False) and bos is not None and ids[:1] != (bos,):
             return (bos, *ids)
         return ids
+
+
+def _adopt(mine: ChatTokenizer, theirs: ChatTokenizer) -> str:
+    """For a base model and a teacher made of it: one vocabulary, another chat format."""
+    # the last is not for us: what is trained would else be served with the old end
+    files = "tokenizer*, chat_template* and generation_config.json"
+    return f"the tokens are the same, so you may copy {files} of {theirs.folder} into {mine.folder}"
 
 
 def _fast_tokenizer(folder: Path):

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from npd_ascend.tokenizer import ChatTokenizer
 
 pytestmark = pytest.mark.slow
 
+MODELS = ("student", "teacher")
 SMALL = [
     "data.gold.count=200",
     "data.prompts.count=300",
@@ -283,6 +285,33 @@ def test_other_vocabularies_are_refused_before_anything_starts(tmp_path):
     said = refused(stage("run", tmp_path / "run", f"teacher.path={folder}", "--dry-run"))
     assert "do not share a vocabulary: token '3' is 9" in said or "token '3' is 8" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_advised_for_a_base_model_with_another_end_token_works(tmp_path):
+    """One vocabulary, as Qwen2.5-Math-1.5B has it with its Instruct teacher; also for who serves what comes out."""
+    folders = {name: Path(shutil.copytree(CONFIGS / "addition" / name, tmp_path / name)) for name in MODELS}
+    for name, end in zip(MODELS, ({"eos_token": "<pad>"}, {"eos_token": "</s>"}), strict=True):
+        id_ = {"eos_token_id": 0 if name == "student" else 2}
+        for file, change in {"tokenizer_config.json": end, "config.json": id_, "generation_config.json": id_}.items():
+            path = folders[name] / file
+            path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+    changes = [f"{name}.path={folder}" for name, folder in folders.items()]
+    changes += ["npd.refresh_after=[]", "npd.epochs=1", "data.prompts.count=64"]
+    said = refused(stage("run", tmp_path / "run", *changes, "--dry-run"))
+    assert f"eos is 0 in {folders['student']} and 2 in {folders['teacher']}" in said
+    files, source, place = re.search(r"copy (\S+, \S+ and \S+) of (\S+) into ([^;]+);", said).groups()
+    for name in re.split(", | and ", files):
+        for file in Path(source).glob(name):
+            shutil.copy(file, place)
+    for name in ("sft", "rollout", "score", "distill"):
+        done = stage(name, tmp_path / "run", *changes)
+        assert done.returncode == 0, done.stderr
+    student, tokenizer = tmp_path / "run" / "student", ChatTokenizer(tmp_path / "run" / "student")
+    prompt = torch.tensor([tokenizer.encode_prompt("123+456")])
+    answer = (
+        LlamaForCausalLM.from_pretrained(student).generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :].tolist()
+    )
+    assert answer.index(tokenizer.eos_id) == len(answer) - 1 < 19
 
 
 def test_heldout_prompts_that_are_trained_on_are_refused(tmp_path):
