@@ -70,15 +70,20 @@ _DROP = {
 }
 # lm-eval takes the last letter in brackets, also one that was ruled out, and its prompt asks for no form: **B** and
 # \boxed{B} are lost. Here a letter that is said to be the answer counts above one in bold, and that above one in
-# brackets. Neither D-type nor the word in "A value" is a letter.
+# brackets or in "option B is correct", of which the last counts. Neither D-type nor the word in "A value" is a letter.
 _LETTER = r"(?i:(?:option|choice) )?\(?(A(?! (?!(?:because|since|as|and|for|with)\b)[a-z])|[B-D])(?![\w-])"
 _SAID = r"(?:\\boxed\{|(?i:answer(?: is|\W*:)|(?:option|choice) is))(?:\\(?:text|math)\w*\{|\W)*" + _LETTER
 _LAST_LINE = r"^[^\w\n]*([A-D])\W*\Z"
+# not where it is correct "only if"
+_CORRECT = (
+    r"(?i:option|choice|answer) \(?([A-D])\)? is (?:the )?"
+    r"(?:correct|right|best|answer)(?: (?:answer|option|choice|one))?(?=[.!]|\s*(?:\n|\Z)|,? (?:because|since|as)\b)"
+)
 _GPQA = {
     "filter_list": _extract(
         "letter",
         "multi_choice_regex",
-        rf"(?ms)\A(?:.*(?:{_SAID}|{_LAST_LINE})|.*\*\*{_LETTER}|.*\(([A-D])\))",
+        rf"(?ms)\A(?:.*(?:{_SAID}|{_LAST_LINE})|.*\*\*{_LETTER}|.*(?:{_CORRECT}|\(([A-D])\)))",
         ignore_case=True,  # of the choices' texts, where no letter is found
         ignore_punctuation=True,
     ),

@@ -86,6 +86,12 @@ GPQA = [
     ("The answer is B because it is light.", False),
     ("The answer is (B). In other words, the answer is D-type.", True),
     ("The answer is (B). My answer: A value near 20.", True),
+    ("The answer is option B", False),
+    ("Option B is correct.", False),
+    ("We rule out (A). So option B is the correct answer", False),
+    ("Option A is incorrect. Option B is correct, since it is light.", False),
+    ("The answer is (B). Option A is correct.", True),
+    ("It seems that option A is correct. But it is heavy, so (B)", True),
 ]
 
 
@@ -146,7 +152,11 @@ def test_drop(tmp_path):
 
 
 def test_gpqa(tmp_path):
-    others = {"The answer is (A).": "A", "It is not known.": "[invalid]", "A value near 20": "[invalid]"}
+    others = {"The answer is (A).": "A"}
+    others |= dict.fromkeys(
+        ("It is not known.", "A value near 20", "Option A is correct only if it is light."), "[invalid]"
+    )
+    others["Option A is not correct."] = "[invalid]"
     wanted = {text: "B" for text, _ in GPQA} | others
     rows = [
         {"Question": f"How high, case {i}?", "Correct Answer": "right", "Incorrect Answer 1": "one"}
