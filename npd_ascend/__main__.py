@@ -261,8 +261,10 @@ def _eval(args: argparse.Namespace) -> int:
     if args.benchmarks:
         from npd_ascend.evaluate.command import run_benchmarks
 
-        run_benchmarks(args.benchmarks, args.overrides)
+        run_benchmarks(args.benchmarks, args.overrides, args.dry_run)
         return 0
+    if args.dry_run:
+        raise UserError("--dry-run goes with --benchmarks; `npd run --dry-run` looks at a whole run")
     from npd_ascend.evaluate.exact_match import run_evaluations
 
     for name, found in json.loads(_stage(args, run_evaluations).evaluations.read_text()).items():

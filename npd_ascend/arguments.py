@@ -47,7 +47,12 @@ def parser() -> argparse.ArgumentParser:
     answers = add("grpo-rollout", "let the student answer data.problems in groups")
     answers.add_argument("--worker", type=int, metavar="N", help="do the share of worker N; default: all")
     add("grpo-reward", "judge those answers")
-    add("eval", "exact match on data.heldout of every model of the run; or a model's scores in public benchmarks")
+    asks = add(
+        "eval", "exact match on data.heldout of every model of the run; or a model's scores in public benchmarks"
+    )
+    asks.add_argument(
+        "--dry-run", action="store_true", help="of --benchmarks: check packages, data and prompts, ask none"
+    )
     add("report", "summary.json and report.html from what the run folder holds")
     add("plan", "memory of every card and time of every stage of a run, before anything is started")
 

@@ -18,6 +18,8 @@ from npd_ascend.placement import listing, place, recipe
 
 ADDITION = CONFIGS / "addition_cpu.yaml"
 STREAM = ["npd.refresh_after=[]", "npd.stream={}", "processes={rollout: 3, teacher: 1}", "parallel={tp: 2, dp: 2}"]
+STAGES = ("sft", "npd", "grpo", "eval")
+PERMISSION = "run_code_of=[mbpp, humaneval]"
 CARDS = [str(card) for card in range(8)]
 
 
@@ -158,13 +160,39 @@ def test_the_launch_script_says_what_it_would_start_on_a_machine_without_cards(m
         assert cards == [*CARDS, *CARDS, all_cards, *CARDS, *CARDS, all_cards, "0"]
 
 
+def reproduction(*words, **variables):
+    environment = {k: v for k, v in os.environ.items() if k != "NPD_DEVICE"} | {"PYTHON": os.sys.executable} | variables
+    command = ["bash", "launch/repro_openpangu_1b.sh", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, check=False)
+
+
 def test_the_stages_of_the_reproduction_take_the_student_of_the_stage_before():
-    environment = {k: v for k, v in os.environ.items() if k != "NPD_DEVICE"} | {"PYTHON": os.sys.executable}
-    words = ["bash", "launch/repro_openpangu_1b.sh", "--dry-run"]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=CONFIGS.parent, check=False)
+    done = reproduction("--dry-run", PERMISSION)
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("==")] == ["== sft", "== npd", "== grpo"]
-    stages = [load_config(CONFIGS / "repro" / "openpangu_1b" / f"{name}.yaml") for name in ("sft", "npd", "grpo")]
-    for before, after in itertools.pairwise(stages):
-        assert after.student.path == before.run.folder / "student"
-        assert f"--run {after.run.folder}" in done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [f"== {name}" for name in STAGES]
+    for name in ("openpangu_1b", "openpangu_tiny"):
+        stages = [load_config(CONFIGS / "repro" / name / f"{stage}.yaml") for stage in STAGES[:3]]
+        for before, after in itertools.pairwise(stages):
+            assert after.student.path == before.run.folder / "student"
+            assert name != "openpangu_1b" or f"--run {after.run.folder}" in done.stdout
+        last = stages[-1].run.folder.relative_to(CONFIGS.parent)
+        assert str(last) == f"runs/{name}_grpo"
+    words = ["eval", "--benchmarks", "configs/repro/openpangu_1b/eval.yaml", PERMISSION]
+    assert shlex.split(done.stdout.splitlines()[-1])[-5:] == [*words, "model.path=runs/openpangu_1b_grpo/student"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "allow it with run_code_of"),
+        ([PERMISSION, "model.path=configs/openpangu_tiny"], "package lm_eval is not installed"),
+        (["--noeval"], "does not know --noeval"),
+    ],
+)
+def test_what_the_last_stage_of_the_reproduction_lacks_is_said_before_the_first(words, said, tmp_path):
+    (tmp_path / "cann").mkdir()
+    (tmp_path / "cann" / "set_env.sh").write_text("")
+    done = reproduction(*words, ASCEND_INSTALL=str(tmp_path))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "==" not in done.stdout

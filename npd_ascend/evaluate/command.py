@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npd_ascend.device import DTYPES, open_device
 from npd_ascend.durable import commit_file, make_folder, only_process, sha256
@@ -19,18 +19,29 @@ from npd_ascend.rollout.engine import Engine
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.tokenizer import ChatTokenizer
 
+if TYPE_CHECKING:
+    from npd_ascend.evaluate.harness import Harness
 
-def run_benchmarks(path: Path, overrides: list[str]) -> None:
-    """Ask what has not been asked yet, then write FOLDER/results.json and results.html and print the table."""
+
+def run_benchmarks(path: Path, overrides: list[str], dry_run: bool = False) -> None:
+    """Ask what has not been asked yet, then write FOLDER/results.json and results.html and print the table.
+
+    dry_run: only say what would be refused before the first question, with any model of the same tokenizer.
+    """
     from npd_ascend.evaluate.harness import require_lm_eval
 
-    lm_eval_version = require_lm_eval()
     settings = load_settings(path, overrides)
+    lm_eval_version = require_lm_eval()
     make_folder(settings.folder)
     refusal = f"{settings.folder}: another `npd eval` is working there; wait for it or set another folder"
     with only_process(settings.folder / "eval.lock", refusal):
-        model = _fingerprint(settings)
         digests = {name: content_digest(chosen.data) for name, chosen in settings.benchmarks.asked() if chosen.data}
+        if dry_run:
+            asked = dict(settings.benchmarks.asked())
+            _, requests = _rehearse(settings, asked, digests)
+            print(f"packages, data and prompts are sound: {len(asked)} benchmarks, {requests} requests; none was asked")
+            return
+        model = _fingerprint(settings)
         for name, chosen in settings.benchmarks.asked():
             identity = _identity(settings, name, chosen, digests.get(name), model, lm_eval_version)
             _same_as_before(settings.folder / name, identity)
@@ -49,22 +60,13 @@ def run_benchmarks(path: Path, overrides: list[str]) -> None:
 
 def _ask(settings: EvalSettings, left: list[tuple[str, BenchmarkSettings, int]], digests: dict[str, str]) -> None:
     """All samples that are missing, each kept when it is complete."""
-    from npd_ascend.evaluate.engine_lm import EngineLM, Rehearsal
-    from npd_ascend.evaluate.harness import Harness
+    from npd_ascend.evaluate.engine_lm import EngineLM
 
-    harness, tokenizer = Harness(settings, digests), ChatTokenizer(settings.model.path)
-    max_tokens = _max_tokens(settings)
-    asking: dict[str, Any] = {"prompt_suffix": settings.model.prompt_suffix, "batch_size": settings.model.batch_size}
-    asking |= {"max_tokens": max_tokens, "seed": settings.seed}
-    engine = _engine(settings, tokenizer, max_tokens)
+    tokenizer = ChatTokenizer(settings.model.path)
+    engine = _engine(settings, tokenizer, _max_tokens(settings))
     engine.load_weights(settings.model.path)
-    rehearsal, chosen_of = Rehearsal(None, tokenizer, **asking), {name: chosen for name, chosen, _ in left}
-    with progress("eval: data and prompts", len(chosen_of), "benchmarks") as bar:
-        for name, chosen in chosen_of.items():
-            rehearsal.begin(name, 0, None)
-            harness.rehearse(name, chosen, rehearsal)
-            bar.update(1)
-    lm = EngineLM(engine, tokenizer, **asking)
+    harness, _ = _rehearse(settings, {name: chosen for name, chosen, _ in left}, digests)
+    lm = EngineLM(engine, tokenizer, **_asking(settings))
     for name, chosen, sample in left:
         lm.begin(name, sample, AnswerFile(settings.folder / name / f"answers-{sample}.jsonl"))
         rows = harness.ask(name, chosen, lm)
@@ -72,6 +74,29 @@ def _ask(settings: EvalSettings, left: list[tuple[str, BenchmarkSettings, int]],
             draft.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         # the table may be hours away
         print(f"{BENCHMARKS[name].title}: {100 * _score(settings, name, sample + 1).mean:.2f}", file=sys.stderr)
+
+
+def _rehearse(
+    settings: EvalSettings, chosen_of: dict[str, BenchmarkSettings], digests: dict[str, str]
+) -> "tuple[Harness, int]":
+    """Load the data, make and measure every prompt and count them; UserError for what would be in the way later."""
+    from npd_ascend.evaluate.engine_lm import Rehearsal
+    from npd_ascend.evaluate.harness import Harness
+
+    harness = Harness(settings, digests)
+    rehearsal = Rehearsal(None, ChatTokenizer(settings.model.path), **_asking(settings))
+    with progress("eval: data and prompts", len(chosen_of), "benchmarks") as bar:
+        for name, chosen in chosen_of.items():
+            rehearsal.begin(name, 0, None)
+            harness.rehearse(name, chosen, rehearsal)
+            bar.update(1)
+    return harness, rehearsal.requests
+
+
+def _asking(settings: EvalSettings) -> dict[str, Any]:
+    model = settings.model
+    asking: dict[str, Any] = {"prompt_suffix": model.prompt_suffix, "batch_size": model.batch_size}
+    return asking | {"max_tokens": _max_tokens(settings), "seed": settings.seed}
 
 
 def _score(settings: EvalSettings, name: str, samples: int) -> Score:

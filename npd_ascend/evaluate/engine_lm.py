@@ -148,5 +148,8 @@ class EngineLM(TemplateLM):
 class Rehearsal(EngineLM):
     """Nobody is asked: prompts are made and measured, and what is not an answer is scored."""
 
+    requests = 0  # so far
+
     def _in_batches(self, kind: str, questions: list, lengths: list[int], ask: Callable[[Sequence[int]], list]) -> list:
+        self.requests += len(questions)
         return ["" if kind == "generate_until" else 0.0] * len(questions)

@@ -20,6 +20,7 @@ from npd_ascend.__main__ import main
 from npd_ascend.durable import sha256
 from npd_ascend.evaluate import settings as settings_module
 
+ROOT = Path(__file__).parents[2]
 GSM8K = {"question": "What is 1 and 2?", "answer": "We add.\n#### 3"}
 DROP = {"query_id": "q", "passage": "Team 1 won.", "question": "Who won?"}
 DROP |= {"answer": {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": ["Team 1"]}}
@@ -98,3 +99,20 @@ def test_a_folder_is_read_for_its_digest_once_whatever_is_asked(tmp_path, monkey
     (tmp_path / "eval.yaml").write_text(json.dumps(settings | {"benchmarks": {"gsm8k": sampled}}))
     assert main(["eval", "--benchmarks", str(tmp_path / "eval.yaml")]) == 0
     assert sorted(read) == ["README.md", "test.jsonl", "train.jsonl"]
+
+
+def test_a_dry_run_looks_at_everything_and_asks_nothing(tmp_path, capsys, monkeypatch):
+    """As launch/repro_openpangu_1b.sh begins, of the start in the place of what will come out."""
+    monkeypatch.chdir(ROOT)
+    words = [
+        "eval",
+        "--benchmarks",
+        "configs/repro/openpangu_tiny/eval.yaml",
+        "--dry-run",
+        f"folder={tmp_path / 'out'}",
+    ]
+    assert main(words) == 0
+    assert capsys.readouterr().out.endswith("are sound: 1 benchmarks, 16 requests; none was asked\n")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["eval.lock"]
+    assert main(["eval", "--config", "configs/addition_cpu.yaml", "--dry-run"]) == 2
+    assert "--dry-run goes with --benchmarks" in capsys.readouterr().err
