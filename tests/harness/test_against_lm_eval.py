@@ -227,17 +227,31 @@ def test_other_examples_and_other_choices_show(theirs, monkeypatch):
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; launch/test.sh has it here")
 def test_vllm_gives_the_scores_of_transformers(theirs):
-    """In a process of its own, as the command is typed."""
+    """In a process of its own, as the command is typed; MATH-500, as in the recipe, with several answers."""
     folder, model, data, scores = theirs
-    asked = {name: data[name] for name in ("gsm8k", "drop", "cluewsc", "gpqa_diamond")}
-    settings = npd_settings(folder / "vllm", model, asked)
+    lines = data["math500"].read_text().splitlines()
+    (folder / "twice.jsonl").write_text("\n".join([*lines, lines[0]]))
+    settings = npd_settings(folder / "vllm", model, data | {"math500": folder / "twice.jsonl"})
     settings["model"]["engine"] = "vllm"
+    settings["benchmarks"]["math500"] |= {"samples": 2, "temperature": 1.0}
     (folder / "vllm.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "npd_ascend", "eval", "--benchmarks", str(folder / "vllm.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
-    assert scores_of(folder / "vllm") == {name: scores[name] for name in asked}
+    greedy = {name: score for name, score in scores_of(folder / "vllm").items() if name != "math500"}
+    assert greedy == {name: score for name, score in scores.items() if name != "math500"}
     assert said_by(folder / "vllm", "gsm8k") == said_by(folder / "ours", "gsm8k")
+
+    rows = [json.loads((folder / "vllm" / "math500" / f"questions-{i}.json").read_text()) for i in (0, 1)]
+    first, second = ([row["answer"] for row in sample] for sample in rows)
+    assert sum(one != other for one, other in zip(first, second, strict=True)) > QUESTIONS / 2
+    assert (first[-1], second[-1]) == (first[0], second[0])  # by the question and the sample alone
+    found = json.loads((folder / "vllm" / "results.json").read_text())["benchmarks"]["math500"]
+    questions, mean = QUESTIONS + 1, sum(row["score"] for sample in rows for row in sample) / (2 * QUESTIONS + 2)
+    assert 0 < mean < 1
+    assert found["score"] == pytest.approx(mean)
+    for end in found["interval_95"]:  # Wilson's, over the questions and not over the answers
+        assert abs(end - mean) == pytest.approx(1.96 * (end * (1 - end) / questions) ** 0.5, rel=1e-3)
 
 
 def test_from_the_hub_it_is_the_same(theirs):
