@@ -244,7 +244,7 @@ def test_vllm_gives_the_scores_of_transformers(theirs):
 
     rows = [json.loads((folder / "vllm" / "math500" / f"questions-{i}.json").read_text()) for i in (0, 1)]
     first, second = ([row["answer"] for row in sample] for sample in rows)
-    assert sum(one != other for one, other in zip(first, second, strict=True)) > QUESTIONS / 2
+    assert sum(one != other for one, other in zip(first, second, strict=True)) > QUESTIONS / 4
     assert (first[-1], second[-1]) == (first[0], second[0])  # by the question and the sample alone
     found = json.loads((folder / "vllm" / "results.json").read_text())["benchmarks"]["math500"]
     questions, mean = QUESTIONS + 1, sum(row["score"] for sample in rows for row in sample) / (2 * QUESTIONS + 2)
