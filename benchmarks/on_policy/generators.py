@@ -17,6 +17,11 @@ from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.tokenizer import ChatTokenizer
 
 
+def request_seed(job: dict, number: int) -> int:
+    """Of answer `number` in a run of the comparison with this seed."""
+    return 10**9 * job["seed"] + number
+
+
 def open_generator(job: dict, model: Decoder, tokenizer: ChatTokenizer):
     kind = {"hf": SharedHf, "vllm": VllmProcesses}[job["settings"]["engine"]]
     return kind(job, model, tokenizer)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from generators import request_seed
 
 from npd_ascend.config import load_config
 from npd_ascend.model.decoder import Decoder
@@ -49,7 +50,8 @@ def prepare(job: dict) -> dict:
             vocab_size=tokenizer.vocab_size,
         )
         engine.load_weights(Path(folder))
-        requests = [Request(p.token_ids, job["max_new_tokens"], 10**6 + j) for j, p in enumerate(heldout[i::2])]
+        asked = enumerate(heldout[i::2], 10**6)
+        requests = [Request(p.token_ids, job["max_new_tokens"], request_seed(job, j)) for j, p in asked]
         answers = engine.generate(requests, Sampling(1.0))
         answered += [(r.token_ids + a.token_ids, len(r.token_ids)) for r, a in zip(requests, answers, strict=True)]
     Path(job["heldout"]).write_text(json.dumps(answered))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from clock import Clock
-from generators import open_generator
+from generators import open_generator, request_seed
 from torch.nn import functional as F
 
 from npd_ascend.config import FilterConfig, OptimizerConfig
@@ -85,14 +85,15 @@ class Row:
         """For ever, the prompts of every set; each round over all of them is in an order of its own."""
         size = self.settings["set"] or len(self.prompts)
         for round_ in itertools.count():
-            order = np.random.Generator(np.random.PCG64(round_)).permutation(len(self.prompts))
+            order = np.random.Generator(np.random.PCG64([round_, self.job["seed"]])).permutation(len(self.prompts))
             for at in range(0, len(order), size):
                 yield [self.prompts[i] for i in order[at : at + size]]
 
     def _generate(self, generator, prompts: list[dict], number: int) -> list[Rollout]:
         generator.take_weights()
-        new_tokens = self.job["max_new_tokens"]
-        requests = [Request(tuple(p["token_ids"]), new_tokens, 10_000 * number + i) for i, p in enumerate(prompts)]
+        new_tokens, first = self.job["max_new_tokens"], 10_000 * number
+        seeds = [request_seed(self.job, first + i) for i in range(len(prompts))]
+        requests = [Request(tuple(p["token_ids"]), new_tokens, s) for p, s in zip(prompts, seeds, strict=True)]
         self.clock.generated += len(requests)
         return [
             Rollout(
@@ -167,7 +168,7 @@ class Row:
         if self.settings["set"]:
             return [examples]
         packs = _in_packs(examples, self.job["pack_tokens"])
-        order = np.random.Generator(np.random.PCG64([number, epoch])).permutation(len(packs))
+        order = np.random.Generator(np.random.PCG64([number, epoch, self.job["seed"]])).permutation(len(packs))
         return [packs[i] for i in order]
 
     def _update(self, pack: list[Example]) -> None:
