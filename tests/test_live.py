@@ -283,12 +283,27 @@ def test_no_process_outlives_the_supervisor(start_long, tmp_path, signal_):
 
 
 def test_a_damaged_shard_ends_the_run_and_is_named(reference, tmp_path):
+    """One bit of it, by the disk; with the bit as it was, the same run goes on to the same student."""
     folder = replayed(reference, tmp_path / "run")
-    shard = sorted((folder / "stream").glob("scores-*-00007.parquet"))[0]
-    shard.write_bytes(b"rotten")
+    (shard,) = (folder / "stream").glob("rollouts-*-00007.parquet")
+    whole, manifest = shard.read_bytes(), folder / "stream" / "manifest.jsonl"
+    shard.write_bytes(whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
     done = npd("run", "--run", folder)
     assert done.returncode == 2
-    assert f"{shard.name}: differs from the checksum in manifest.jsonl" in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("npd ")]
+    assert [f"{shard}: differs from the checksum in manifest.jsonl" in line for line in said] == [True]
+    assert manifest.read_bytes() == (reference / "stream" / "manifest.jsonl").read_bytes()
+    assert not (folder / "student").exists()
+    shard.write_bytes(whole)
+    (scores,) = (folder / "stream").glob("scores-*-00007.parquet")
+    score = scores.read_bytes()
+    scores.write_bytes(b"rotten")
+    done = npd_here("distill", "--run", folder)
+    assert done.returncode == 2
+    assert f"{scores.name}: differs from the checksum in manifest.jsonl" in done.stderr
+    scores.write_bytes(score)
+    assert npd_here("distill", "--run", folder).returncode == 0
+    assert weights(folder) == weights(reference)
 
 
 def test_other_samples_than_were_trained_on_are_not_taken_for_them(reference, tmp_path):

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 
 import pytest
-from command import npd_here
+from command import npd, npd_here
 from conftest import CONFIGS
 
 from npd_ascend.errors import UserError
@@ -140,12 +140,17 @@ def written(run):
     }
 
 
-@pytest.mark.parametrize("fault", ["dies", "NaN"])
-def test_a_run_keeps_what_was_scored_and_goes_on_when_the_server_is_well_again(server, tmp_path, fault):
-    settings = ["--config", CONFIGS / "addition_cpu.yaml", f"run.folder={tmp_path / 'run'}", f"student.path={TEACHER}"]
+def served_run(folder, server):
+    """Settings of a run that takes the teacher for its student, without SFT."""
+    settings = ["--config", CONFIGS / "addition_cpu.yaml", f"run.folder={folder}", f"student.path={TEACHER}"]
     settings += ["student.init=pretrained", "sft=null", "device.threads=1", "npd.refresh_after=[]"]
     settings += ["data.prompts.count=40", "data.heldout.count=24", "rollout.batch_size=16", "teacher.pack_tokens=64"]
-    assert npd_here("rollout", *settings, "teacher.engine=served", f"teacher.url={server.url}").returncode == 0
+    return [*settings, "teacher.engine=served", f"teacher.url={server.url}"]
+
+
+@pytest.mark.parametrize("fault", ["dies", "NaN"])
+def test_a_run_keeps_what_was_scored_and_goes_on_when_the_server_is_well_again(server, tmp_path, fault):
+    assert npd_here("rollout", *served_run(tmp_path / "run", server)).returncode == 0
     run = reopen_run(tmp_path / "run")
     server.fault, server.healthy_batches = fault, 26
     done = npd_here("score", "--run", run.path)
@@ -160,3 +165,24 @@ def test_a_run_keeps_what_was_scored_and_goes_on_when_the_server_is_well_again(s
     assert after.keys() == run.stream.entries("rollouts", 0).keys()
     assert before.items() <= after.items()
     assert run.stream.is_decided(0)
+
+
+@pytest.mark.slow
+def test_a_whole_run_stops_with_its_teacher_and_goes_on_to_the_same_student(server, tmp_path):
+    healthy, folder = tmp_path / "healthy", tmp_path / "run"
+    for stage in ("rollout", "score", "distill"):
+        assert npd_here(stage, *served_run(healthy, server), "npd.epochs=1").returncode == 0
+    server.fault, server.healthy_batches = "dies", 40
+    done = npd("run", *served_run(folder, server), "npd.epochs=1")
+    assert done.returncode == 2
+    assert [server.url in line for line in done.stderr.splitlines() if line.startswith("npd ")] == [True]
+    assert "npd score ended with exit code 2; mend that, and the same command continues from here" in done.stderr
+    assert "restart" not in done.stderr
+    run, server.fault = reopen_run(folder), ""
+    before = written(run)
+    assert 0 < len(before) < len(run.stream.entries("rollouts", 0))
+    for stage in ("score", "distill"):  # what the same command would start
+        assert npd_here(stage, "--run", folder).returncode == 0
+    assert before.items() <= written(run).items()
+    students = [path / "student" / "model.safetensors" for path in (healthy, folder)]
+    assert students[0].read_bytes() == students[1].read_bytes()
