@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 
 from npd_ascend.filters import free_reasons
+from npd_ascend.metrics import MetricsLog
 from npd_ascend.parallel.mesh import ALONE
 from npd_ascend.rollout.worker import open_maker
-from npd_ascend.runfolder import reopen_run
+from npd_ascend.runfolder import RunFolder, reopen_run
 from npd_ascend.teacher.worker import open_reader
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.live import LiveTrainer, npd_stage
 
 
-def main() -> None:
-    run = reopen_run(Path(sys.argv[1]))
-    tokenizer, trainer = ChatTokenizer(run.config.student.path), LiveTrainer(run, npd_stage(run), ALONE, None)
+def train(run: RunFolder, metrics: MetricsLog | None = None) -> None:
+    tokenizer, trainer = ChatTokenizer(run.config.student.path), LiveTrainer(run, npd_stage(run), ALONE, metrics)
     pacing = trainer.pacing
     with (
         open_maker(run, tokenizer, pacing.shards, "rollout", None) as maker,
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(reopen_run(Path(sys.argv[1])))

@@ -1,15 +1,19 @@
 """The schedule with npd.stream: everything is wanted once, nothing is trained on too old, nobody waits for ever."""
 
 import random
+from contextlib import closing
 
 import pytest
 from conftest import CONFIGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequential_stream import train
 
 from npd_ascend.config import StreamConfig, load_config
 from npd_ascend.errors import UserError
+from npd_ascend.metrics import MetricsLog, read_metrics
 from npd_ascend.pacing import Pacing, open_pacing, share
+from npd_ascend.runfolder import open_run
 from npd_ascend.tokenizer import ChatTokenizer
 
 ADDITION = CONFIGS / "addition_cpu.yaml"
@@ -123,3 +127,16 @@ def test_the_resolved_configuration_of_a_stream_is_read_back(tmp_path):
     config = load_config(ADDITION, [*SMALL, "npd.stream={publish_at_kl: 0.1}"])
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(("kl", "steps"), [(1e9, [5, 10]), (1e-9, [3, 6, 9])])
+def test_the_trainer_publishes_within_the_two_intervals(tmp_path, kl, steps):
+    """A student that never drifts so far, and one that always has when somebody looks; twelve steps."""
+    stream = f"npd.stream={{publish_every: 5, publish_not_before: 3, publish_at_kl: {kl}}}"
+    small = ["data.prompts.count=48", "npd.epochs=2", "device.threads=1", "sft=null", stream]
+    run = open_run(load_config(ADDITION, [*SMALL, *small, f"run.folder={tmp_path}"]))
+    with closing(MetricsLog(run.path, "npd")) as metrics:
+        train(run, metrics)
+    rows = read_metrics(run.path)
+    assert sum("train/lag" in row for row in rows) == 12
+    assert [row["step"] for row in rows if "publish/version" in row] == steps
