@@ -250,6 +250,8 @@ def test_what_hangs_is_started_again_and_nothing_is_lost(soak, start_long, tmp_p
     finally:
         stop(process)
     assert process.returncode == 0, said
+    # the line of all processes beside the trainer's bar
+    assert re.search(r"lag \d\.\d.*; tokens/s generated [\d,]+, scored [\d,]+, trained [\d,]+; busy .*npd \d+%", said)
     said = (folder / "logs" / "run.log").read_text()
     for role in ("rollout", "score", "distill"):
         assert f"npd {role} gave no sign of life for" in said
@@ -304,6 +306,21 @@ def test_a_damaged_shard_ends_the_run_and_is_named(reference, tmp_path):
     scores.write_bytes(score)
     assert npd_here("distill", "--run", folder).returncode == 0
     assert weights(folder) == weights(reference)
+
+
+def test_a_worker_that_starts_anew_generates_with_the_newest_version(reference, tmp_path):
+    """Shard 0, as if it were missing still: version 0 made it when the run was young."""
+    folder = replayed(reference, tmp_path / "run")
+    shutil.copytree(reference / "weights", folder / "weights", dirs_exist_ok=True)
+    stream = Stream(folder / "stream")
+    first = stream.shards("rollouts")[0]
+    assert first.version == 0
+    lines = stream.manifest.read_text().splitlines(keepends=True)
+    stream.manifest.write_text("".join(line for line in lines if first.file not in line))
+    assert npd_here("rollout", "--run", folder, "--worker", "0").returncode == 0
+    again = Stream(folder / "stream").shards("rollouts")[0]
+    assert again.version == 4
+    assert {rollout.weight_version for rollout in stream.read_shard(again)} == {4}
 
 
 def test_other_samples_than_were_trained_on_are_not_taken_for_them(reference, tmp_path):

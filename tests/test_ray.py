@@ -1,6 +1,7 @@
 """A run over the nodes of a real Ray cluster, one of which dies. The nodes are processes on this machine."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,8 +63,9 @@ def cluster(tmp_path):
 
 def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
     address, add = cluster
-    second = add('--resources={"room": 1}')
-    processes = f"processes={{rollout: 2, rollout_needs: {{room: 1}}, ray: '{address}'}}"
+    second = add('--resources={"room": 1, "teacher": 1}')
+    needs = "rollout_needs: {room: 1}, teacher_needs: {teacher: 1}"
+    processes = f"processes={{rollout: 2, {needs}, ray: '{address}'}}"
     more = settings(tmp_path / "run", ONE_BEHIND, processes, "data.prompts.count=3000")
     words = [sys.executable, "-m", "npd_ascend", "run", *more]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -73,13 +75,14 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
         second.kill()
         log = tmp_path / "run" / "logs" / "run.log"
         wait_for(lambda: "Ray lost it" in log.read_text())
-        add('--resources={"room": 1}')  # it takes the place of the other, while the run runs
+        add('--resources={"room": 1, "teacher": 1}')  # it takes the place of the other, while the run runs
         _, said = process.communicate(timeout=400)
     finally:
         process.kill()
         process.communicate()
     assert process.returncode == 0, said
-    assert "crashed with exit code 1; restart 1 of 5" in log.read_text()
+    for lost in (r"rollout-\d", "score"):
+        assert re.search(rf"npd {lost} crashed with exit code 1; restart 1 of 5", log.read_text())
     assert soak.check(tmp_path / "run") == []
 
 
@@ -128,7 +131,8 @@ def marked(mark: str) -> set[int]:
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
-    """launch/npd_ray.sh with this environment in the place of its own, and in npd's something that only waits.
+    """launch/npd_ray.sh with this environment in the place of its own, and in npd's something that only waits; and who
+    joins does not outstay its Ray.
 
     wide: as Ray would do it; the test would see that."""
     from ray.util import get_node_ip_address  # not everybody who runs other tests has it
@@ -151,15 +155,30 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
     environment = os.environ | dict([mark.split("=", 1)]) | {"NPD_RAY_PORT": str(port), "NPD_RAY_NODE": "--num-cpus=2"}
     environment["NPD_DEVICE"] = "cpu"
     environment.pop("NPD_RAY_HOST", None)
-    process = subprocess.Popen(["bash", "launch/npd_ray.sh", "head"], cwd=tmp_path, env=environment)
+    script, joins = ["bash", "launch/npd_ray.sh"], f"{mark}/joins"
+    process = subprocess.Popen([*script, "head"], cwd=tmp_path, env=environment)
     try:
         wait_for(lambda: (tmp_path / "up").exists() or process.poll() is not None, 120)
         assert process.poll() is None
+        environment |= dict([joins.split("=", 1)])
+        join = [*script, "join", f"127.0.0.1:{port}"]
+        done = subprocess.run(join, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "NPD_RAY_HOST: the address of this node" in done.stderr
         opened = listening(marked(mark))
+        if wide:  # else Ray takes no other node
+            environment["NPD_RAY_HOST"] = "127.0.0.1"
+            joined = subprocess.Popen(join, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+            assert "this node has joined" in joined.stdout.readline()
+            (raylet,) = [pid for pid in marked(joins) if Path(f"/proc/{pid}/comm").read_text() == "raylet\n"]
+            os.kill(raylet, signal.SIGTERM)  # as `ray stop` does
+            said, _ = joined.communicate(timeout=60)
+            assert joined.returncode == 0
+            assert "has ended" in said
     finally:
         process.terminate()
         process.wait()
-        for pid in marked(mark):
+        for pid in marked(mark) | marked(joins):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     assert opened
