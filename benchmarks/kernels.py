@@ -103,8 +103,9 @@ def compare(shape: str, contestants: dict, inputs, bound: Callable, args: argpar
         try:
             step = build(inputs)
             values = step()
+            _synchronise(args.device)  # what fails on the device says so here
         except Exception as error:  # a library may say in any way that it cannot; ours has one
-            said = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             # full masks or logits may well be too large for a card
             excused = "cannot run here" in said or (name.startswith("plain") and "out of memory" in said)
             failed = name.startswith(("npd", "plain")) and not excused

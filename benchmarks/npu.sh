@@ -29,7 +29,8 @@ measure() {
   local printed
   printed=$("$python" "benchmarks/$1.py" "${@:2}") || failed="${failed:+$failed; }$*"
   [ -z "$printed" ] || "$python" -c \
-    'import json, sys; print(json.dumps({"asked": sys.argv[1:], "measured": json.load(sys.stdin)}))' "$@" <<< "$printed"
+    'import json, sys; print(json.dumps({"asked": sys.argv[1:], "measured": json.load(sys.stdin)}))' "$@" <<< "$printed" ||
+    failed="${failed:+$failed; }what $* printed"
 }
 # what a card holds without a second one to share the optimizer with
 measure mfu --device npu --model 1B --pack-tokens 24576 --recompute selective "${mfu[@]}"

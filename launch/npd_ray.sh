@@ -47,6 +47,7 @@ case $role in
   join)
     first=${1:?ADDRESS:PORT of the first node}
     host=${NPD_RAY_HOST:?the address of this node that the first one reaches, where Ray is to listen}
+    command -v pgrep > /dev/null || { echo "launch/npd_ray.sh join needs pgrep and pkill, of procps" >&2 && exit 2; }
     log=$(mktemp)
     env $cards "${ray[@]}" start --address "$first" --node-ip-address "$host" --block --disable-usage-stats \
       "${options[@]}" > "$log" 2>&1 &

@@ -19,6 +19,11 @@ for word in "$@"; do
     *) echo "launch/repro_openpangu_1b.sh does not know $word; its head says what it knows" >&2 && exit 2 ;;
   esac
 done
+if [ -z "$benchmarks" ] && [ ${#words[@]} -gt 0 ]; then
+  echo "launch/repro_openpangu_1b.sh: ${words[*]} is for the benchmarks, which --no-eval leaves out; settings of the" \
+    "stages stand in configs/repro" >&2
+  exit 2
+fi
 case ${NPD_DEVICE:-npu} in
   npu)
     name=openpangu_1b npd=("${PYTHON:-python3}" -m npd_ascend)

@@ -5,6 +5,7 @@ Every default that the NPD paper does not state says so in docs/method.md.
 
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -128,12 +129,20 @@ class AdditionSource(Section):
     count: int = Field(ge=1)
 
 
+def _refuse_dates(key: str, value: Any) -> None:
+    """YAML makes a date of 2020-01-01, and nobody could read it back from RUN/config.yaml as one."""
+    if isinstance(value, date):
+        raise ValueError(f"{key}={value} is a date, which no set can be given here; remove it")
+    for part in value if isinstance(value, list) else []:
+        _refuse_dates(key, part)
+
+
 class ReasoningGymSource(Section):
     """`count` different questions from `first` on, in turn from each named data set of the reasoning-gym package.
 
     A question that a data set has had before is passed over, so sources that differ in `first` and `count` alone share
-    none if their ranges share none. Do not tell two sources apart by `seed`: the package seeds row i with seed + i, so
-    the sets of neighbouring seeds are almost the same.
+    none if their ranges share none (but of acre, whose rows depend on how many there are). Do not tell two sources
+    apart by `seed`: the package seeds row i with seed + i, so the sets of neighbouring seeds are almost the same.
     """
 
     # rows looked through for one new question, on the average; a data set that repeats itself more has no more to give
@@ -152,8 +161,10 @@ class ReasoningGymSource(Section):
         for name, settings in self.parameters.items():
             if name not in self.datasets:
                 raise ValueError(f"parameters are there for {name}, which datasets does not name; add or remove it")
-            if taken := settings.keys() & {"seed", "size"}:
-                raise ValueError(f"parameters.{name}.{min(taken)} follows from seed, first and count; remove it")
+            if taken := settings.keys() & {"name", "seed", "size"}:
+                raise ValueError(f"parameters.{name}.{min(taken)} follows from the other keys of the source; remove it")
+            for key, value in settings.items():
+                _refuse_dates(f"parameters.{name}.{key}", value)
         return self
 
     def arguments(self, name: str) -> dict[str, Any]:

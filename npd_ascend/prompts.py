@@ -2,8 +2,9 @@
 sees the same rows."""
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -190,18 +191,11 @@ def _addition(source: AdditionSource) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _reasoning_gym(source: ReasoningGymSource) -> Iterator[tuple[str, str, str, str | None]]:
-    try:
-        import reasoning_gym
-    except ImportError:
+    if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError(
             "reasoning_gym is not installed; pip install -r requirements-rewards.txt, or use another source"
-        ) from None
-    questions = []
-    for name in source.datasets:
-        try:
-            questions.append(_different_rows(reasoning_gym.create_dataset(**source.arguments(name))))
-        except (ValueError, TypeError, AssertionError) as error:  # no such data set, parameter, or value of it
-            raise UserError(f"reasoning_gym: {name}: {error}; mend datasets or parameters of that source") from None
+        )
+    questions = [_different_rows(source, name) for name in source.datasets]
     for index in range(source.first + source.count):
         turn = index % len(questions)
         name, (number, row) = source.datasets[turn], next(questions[turn], (None, None))
@@ -214,11 +208,19 @@ def _reasoning_gym(source: ReasoningGymSource) -> Iterator[tuple[str, str, str, 
             yield f"{name}[{number}]", f"{name}:{source.seed}:{number}", row["question"], row["answer"]
 
 
-def _different_rows(dataset: Sequence[dict]) -> Iterator[tuple[int, dict]]:
-    """The rows, with their numbers, whose question no row before has had."""
+def _different_rows(source: ReasoningGymSource, name: str) -> Iterator[tuple[int, dict]]:
+    """The rows of a data set, with their numbers, whose question no row before has had."""
+    import reasoning_gym
+
     seen = set()
-    for number in range(len(dataset)):
-        row = dataset[number]
-        if row["question"] not in seen:
-            seen.add(row["question"])
-            yield number, row
+    try:
+        dataset = reasoning_gym.create_dataset(**source.arguments(name))
+        for number in range(len(dataset)):
+            row = dataset[number]
+            if row["question"] not in seen:
+                seen.add(row["question"])
+                yield number, row
+    except Exception as error:  # of the package, of any kind: it has no such set, parameter or value
+        raise UserError(
+            f"reasoning_gym: {name}: {error} ({type(error).__name__}); mend datasets or parameters of that source"
+        ) from None

@@ -59,7 +59,11 @@ def test_overrides_are_typed():
         ("data.prompts={kind: reasoning_gym, datasets: [a], count: 1, parameters: {b: {}}}", "are there for b, which"),
         (
             "data.prompts={kind: reasoning_gym, datasets: [a], count: 1, parameters: {a: {size: 2}}}",
-            "parameters.a.size follows from seed, first and count",
+            "parameters.a.size follows from the other keys",
+        ),
+        (
+            "data.prompts={kind: reasoning_gym, datasets: [a], count: 1, parameters: {a: {first: [2020-01-01]}}}",
+            "parameters.a.first=2020-01-01 is a date",
         ),
         ("data.gold=null", "sft needs data.gold"),
         ("filters.max_tokens=99999", "lower the first or raise the second"),

@@ -81,6 +81,27 @@ def test_a_whole_run_makes_the_student_of_the_cpu(environment, student_of_the_cp
     assert json.loads((tmp_path / "summary.json").read_text())["scores"]["teacher"] == 1
 
 
+def test_a_group_that_connects_late_is_refused_as_by_hccl(environment):
+    """So a run of several ranks shows that every group is warmed up before the first step."""
+    code = """
+import torch
+import torch.distributed as dist
+from npd_ascend.device import open_device
+
+one = torch.ones(1, device=open_device("npu", 0))
+dist.init_process_group("hccl", store=dist.HashStore(), rank=0, world_size=1)
+early, late = dist.new_group([0]), dist.new_group([0])
+for _ in range(2):
+    dist.all_reduce(one, group=early)
+try:
+    dist.all_reduce(one, group=late)
+except RuntimeError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+    assert "error code 7: another group is at work" in python(environment, "-c", code)
+
+
 def test_what_waits_for_a_card_runs_on_one(environment):
     """tests/npu, as far as there are operators here: whoever has a card should not find the tests' own mistakes."""
     code = """

@@ -101,6 +101,8 @@ def test_of_a_data_set_with_splits_one_has_to_be_named(tmp_path):
     assert done.returncode == 2
     assert f"{saved}: holds the splits train, test; name one of them, as {train}" in done.stderr
     assert not (tmp_path / "data").exists()
+    both = files_of(SourceConfig(path=saved), all_splits=True)  # as for what must not be trained on
+    assert both == [saved / "test" / "data.arrow", train / "data.arrow"]
 
 
 def test_a_copy_of_a_saved_data_set_that_is_not_whole(tmp_path):

@@ -129,6 +129,12 @@ def marked(mark: str) -> set[int]:
     return found
 
 
+def named(pid: int) -> str:
+    with suppress(OSError):  # it may be gone
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
     """launch/npd_ray.sh with this environment in the place of its own, and in npd's something that only waits; and who
@@ -168,13 +174,16 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
         opened = listening(marked(mark))
         if wide:  # else Ray takes no other node
             environment["NPD_RAY_HOST"] = "127.0.0.1"
-            joined = subprocess.Popen(join, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-            assert "this node has joined" in joined.stdout.readline()
-            (raylet,) = [pid for pid in marked(joins) if Path(f"/proc/{pid}/comm").read_text() == "raylet\n"]
+            said = tmp_path / "said"
+            with said.open("w") as output:
+                joined = subprocess.Popen(
+                    join, cwd=tmp_path, env=environment | {"TMPDIR": str(tmp_path)}, stdout=output
+                )
+            wait_for(lambda: "this node has joined" in said.read_text() or joined.poll() is not None, 120)
+            (raylet,) = [pid for pid in marked(joins) if named(pid) == "raylet"]
             os.kill(raylet, signal.SIGTERM)  # as `ray stop` does
-            said, _ = joined.communicate(timeout=60)
-            assert joined.returncode == 0
-            assert "has ended" in said
+            assert joined.wait(60) == 0
+            assert "has ended" in said.read_text()
     finally:
         process.terminate()
         process.wait()

@@ -42,8 +42,8 @@ def test_what_math_verify_stumbles_over_is_not_a_wrong_answer():
 
 
 def test_reasoning_gym_finds_the_problem_again():
-    reasoning_gym = pytest.importorskip("reasoning_gym")
     """With the parameters and the number of rows that it was made with: rows of acre depend on how many there are."""
+    reasoning_gym = pytest.importorskip("reasoning_gym")
     sources = [
         ReasoningGymSource(kind="reasoning_gym", datasets=("chain_sum",), parameters=parameters, seed=3, count=9)
         for parameters in ({}, {"chain_sum": {"max_terms": 2, "max_digits": 3}})

@@ -47,4 +47,5 @@ def test_the_scorers_of_reasoning_gym_reward_it(tmp_path):
         assert row["reward"] == pytest.approx(share) or share == 1 > row["reward"]  # with something behind it
     assert {0.0, 1.0} < {row["reward"] for row in rewards}
     steps = [row for row in read_metrics(tmp_path / "run") if "grpo/reward" in row]
+    assert len(steps) == 2
     assert all(row["grpo/no_signal"] < 1 for row in steps)

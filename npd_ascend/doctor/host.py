@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,9 +108,9 @@ def vllm_finding(dtype: str) -> Finding:
     except subprocess.TimeoutExpired:
         return Finding("vLLM", "failed", f"no answer within {_VLLM_TIMEOUT_S} s; look at VLLM_LOGGING_LEVEL=DEBUG")
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # nothing is left of the group
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
     if process.returncode:
         last = (err or out).strip().splitlines()[-1:] or ["no reason given"]
         return Finding("vLLM", "failed", f"{last[0][:240]}; compare vllm and vllm-ascend with the row of versions")

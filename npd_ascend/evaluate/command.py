@@ -17,6 +17,7 @@ from npd_ascend.model.families import read_config
 from npd_ascend.progress import progress
 from npd_ascend.rollout.engine import Engine
 from npd_ascend.rollout.hf_engine import HfEngine
+from npd_ascend.rollout.vllm_versions import require_vllm
 from npd_ascend.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def run_benchmarks(path: Path, overrides: list[str], dry_run: bool = False) -> N
 
     settings = load_settings(path, overrides)
     lm_eval_version = require_lm_eval()
+    if settings.model.engine == "vllm":
+        require_vllm("model.engine")
     make_folder(settings.folder)
     refusal = f"{settings.folder}: another `npd eval` is working there; wait for it or set another folder"
     with only_process(settings.folder / "eval.lock", refusal):

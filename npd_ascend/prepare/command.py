@@ -108,7 +108,7 @@ def _evaluation_texts(config: PrepareConfig) -> tuple[list[tuple[str, str]], lis
     texts: list[tuple[str, str]] = []
     found = []
     for source in config.evaluation_sets:
-        rows = [row for path in files_of(source) for row in read_rows(source, path)]
+        rows = [row for path in files_of(source, all_splits=True) for row in read_rows(source, path)]
         readable = [row for row in rows if row.prompt is not None]
         if not readable:
             raise UserError(

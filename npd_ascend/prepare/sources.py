@@ -34,10 +34,13 @@ class Row:
     answer: str | None
 
 
-def files_of(source: SourceConfig) -> list[Path]:
-    """In the order in which they are read; UserError if there is none."""
+def files_of(source: SourceConfig, *, all_splits: bool = False) -> list[Path]:
+    """In the order in which they are read; UserError if there is none.
+
+    all_splits: of what `datasets` has saved; else several are refused, since one may be for evaluation.
+    """
     path = source.path
-    found = _files_in(path) if path.is_dir() else [path]
+    found = _files_in(path, all_splits) if path.is_dir() else [path]
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not found or found[0].suffix not in _SUFFIXES:
@@ -45,12 +48,12 @@ def files_of(source: SourceConfig) -> list[Path]:
     return found
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, all_splits: bool) -> list[Path]:
     """Of what `datasets` has saved to disk the files that its state.json names, as it keeps caches beside them.
 
-    UserError for several splits, since one may be for evaluation, and for a copy that is not whole.
+    UserError for a copy that is not whole.
     """
-    for saved in folder.rglob("dataset_dict.json"):
+    for saved in [] if all_splits else folder.rglob("dataset_dict.json"):
         splits = _saved_by_datasets(saved, "splits")
         if len(splits) > 1:
             raise UserError(

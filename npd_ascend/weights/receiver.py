@@ -18,8 +18,8 @@ from npd_ascend.weights.device_group import DeviceGroupInfo
 class WeightReceiver:
     """For one engine, whose ranks share a group with the trainer as long as this is connected to it.
 
-    folder: RUN/weights. worker: its name in the trainer's log. timeout_s: of silence, then TransferError. device:
-    whether the weights go from device to device.
+    folder: of the versions, RUN/weights or GRPO's. worker: its name in the trainer's log. timeout_s: of silence, then
+    TransferError. device: whether the weights go from device to device.
     """
 
     def __init__(self, folder: Path, worker: str, *, timeout_s: float, device: bool = False):

@@ -49,9 +49,10 @@ def open_sender(
 ) -> Iterator["WeightSender"]:
     """Serve workers until the block ends; called by all ranks, rank 0 listens.
 
-    folder: RUN/weights. dtype: that workers generate in. timeout_s: of silence, after which a worker counts as lost.
-    host: the address of this host to listen at; UserError if it has no such address. device: of this process, from
-    which weights go to the devices of the workers; None: they go from host memory. bucket_bytes: of one broadcast.
+    folder: of the versions, RUN/weights or GRPO's. dtype: that workers generate in. timeout_s: of silence, after which
+    a worker counts as lost. host: the address of this host to listen at; UserError if it has no such address. device:
+    of this process, from which weights go to the devices of the workers; None: they go from host memory. bucket_bytes:
+    of one broadcast.
     """
     if device:
         device_communicator(device)  # told now, and not when a worker asks
