@@ -1,15 +1,17 @@
 """Run by test_planner.py in a process of its own: the peak of real training steps above what importing them took.
 
-python tests/measured_step.py '<JSON of case>'       prints bytes
+python tests/measured_step.py '<JSON of case>' [RANK STORE]      prints bytes; with RANK: of that one of tp x dp ranks
 """
 
 import json
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -20,6 +22,8 @@ from npd_ascend.config import GrpoConfig, OptimizerConfig
 from npd_ascend.device import DTYPES
 from npd_ascend.model.decoder import PLAIN, Decoder, initialise
 from npd_ascend.model.families import DecoderConfig
+from npd_ascend.parallel.mesh import ALONE, Mesh, make_mesh
+from npd_ascend.parallel.plan import cut_model
 from npd_ascend.records import Sample
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum, with_reference
 from npd_ascend.trainer.optimizer import MasterAdamW
@@ -29,24 +33,32 @@ SAMPLE_TOKENS, PROMPT_TOKENS = 256, 64
 
 
 def steps(
-    config: DecoderConfig, dtype: torch.dtype, pack_tokens: int, recompute: str, packs: int, objective: Objective
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    pack_tokens: int,
+    recompute: str,
+    packs: int,
+    objective: Objective,
+    mesh: Mesh,
 ) -> MasterAdamW:
     """An update of one sample, which makes the moments, and one of `packs` packs, with the targets of `objective`."""
-    model = _model(config, dtype, recompute)
-    reference = _model(config, dtype, recompute).requires_grad_(False) if objective.grpo else None
-    optimizer = MasterAdamW(model, OptimizerConfig())
+    model = _model(config, dtype, recompute, mesh)
+    reference = _model(config, dtype, recompute, mesh).requires_grad_(False) if objective.grpo else None
+    optimizer = MasterAdamW(model, OptimizerConfig(), mesh)
     every_sample = _samples(config.vocab_size, pack_tokens)
     for samples, number in ((every_sample[:1], 1), (every_sample, packs)):
         batches = [make_batch(samples, objective, torch.device("cpu")) for _ in range(number)]
         if reference:
             batches = [with_reference(batch, reference, objective) for batch in batches]
-        train_step(model, batches, optimizer, objective, weight_sum=number * weight_sum(samples, objective), lr=1e-5)
+        weight = mesh.dp * number * weight_sum(samples, objective)
+        train_step(model, batches, optimizer, objective, weight_sum=weight, lr=1e-5, mesh=mesh)
     return optimizer
 
 
-def _model(config: DecoderConfig, dtype: torch.dtype, recompute: str) -> Decoder:
+def _model(config: DecoderConfig, dtype: torch.dtype, recompute: str, mesh: Mesh) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config, PLAIN, recompute)
+    cut_model(model, mesh)
     model = model.to(dtype).to_empty(device="cpu")
     initialise(model, 0)
     return model
@@ -82,14 +94,26 @@ def main() -> None:
     dtype, recompute = DTYPES[case["dtype"]], case["recompute"]
     # of NPD, or of GRPO with a reference
     objective = Objective(grpo=GrpoConfig(kl_weight=0.1)) if case["grpo"] else Objective(lambda_=0.9)
+    mesh = _mesh(case["tp"], case["dp"], int(sys.argv[2]), sys.argv[3]) if sys.argv[2:] else ALONE
     small = DecoderConfig(**case["config"] | {"num_layers": 1, "vocab_size": 512})
-    checkpoint(
-        steps(small, dtype, SAMPLE_TOKENS, recompute, 1, objective)
-    )  # the libraries' own buffers, and what recomputing imports
+    warm = steps(small, dtype, SAMPLE_TOKENS, recompute, 1, objective, mesh)
+    if mesh is ALONE:
+        checkpoint(warm)  # the libraries' own buffers, and what recomputing imports
+    del warm
     made: list[MasterAdamW] = []
     config, packs = DecoderConfig(**case["config"]), (case["pack_tokens"], recompute, case["packs"])
-    step_bytes = peak_bytes(lambda: made.append(steps(config, dtype, *packs, objective)))
-    print(json.dumps({"step": step_bytes, "checkpoint": peak_bytes(lambda: checkpoint(made[0]))}))
+    found = {"step": peak_bytes(lambda: made.append(steps(config, dtype, *packs, objective, mesh)))}
+    if mesh is ALONE:
+        found["checkpoint"] = peak_bytes(lambda: checkpoint(made[0]))
+    else:
+        mesh.barrier()
+        dist.destroy_process_group()
+    print(json.dumps(found))
+
+
+def _mesh(tp: int, dp: int, rank: int, store: str) -> Mesh:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=tp * dp)
+    return make_mesh(tp, dp, rank, sequence_parallel=False, timeout=timedelta(seconds=200))
 
 
 if __name__ == "__main__":

@@ -110,12 +110,14 @@ def trainer_memory(
     meeting = 2 * e * head + (4 * head if e < 4 else 0) if config.tie_embeddings else 4 * head + (4 + e) * head
     before = wide if layout.packs_per_rank > 1 else 0
     last_layer = layer.backward - layer.kept
+    # gloo reduces a copy of each gradient, and has all of them until the last has come
+    copied = wide if layout.dp > 1 and device == "cpu" else 0
     moments = {
         "loss": before + kept + hidden + loss,
         "backward": before + kept + hidden + waiting + e * config.hidden_size * layout.pack_tokens + last_layer,
         "gradients": (before or rest) + waiting + hidden + layer.backward,
         "embedding": (before or rest) + hidden + meeting,
-        "update": wide + (own if layout.dp > 1 else 0) + hidden,
+        "update": wide + (own if layout.dp > 1 else 0) + hidden + copied,
     }
     step = static + max(moments.values())
     checkpoint = CHECKPOINT_COPIES * 3 * own
