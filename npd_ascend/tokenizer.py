@@ -87,7 +87,10 @@ class ChatTokenizer:
         mine, theirs = self._tokenizer.get_vocab(), other._tokenizer.get_vocab()
         if mine != theirs:
             token = min(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
-            return f"token {token!r} is {mine.get(token)} in {self.folder} and {theirs.get(token)} in {other.folder}"
+            return (
+                f"token {token!r} is {mine.get(token)} in {self.folder} and {theirs.get(token)} in {other.folder}; "
+                f"choose models with one tokenizer"
+            )
         if self.eos_id != other.eos_id:
             return f"eos is {self.eos_id} in {self.folder} and {other.eos_id} in {other.folder}; {_adopt(self, other)}"
         if self.encode_prompt("x") != other.encode_prompt("x"):

@@ -251,7 +251,7 @@ def check_vocabularies(config: Config, tokenizer: ChatTokenizer) -> None:
     if difference := tokenizer.difference(ChatTokenizer(config.teacher.path)):
         raise UserError(
             f"teacher and student do not share a vocabulary: {difference}; "
-            f"top-k targets would name other tokens, so choose models with one tokenizer"
+            f"top-k targets would name other tokens otherwise"
         )
     for folder in (config.teacher.path, config.student.path):
         if read_config(folder).vocab_size < tokenizer.vocab_size:
