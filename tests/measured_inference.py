@@ -1,4 +1,4 @@
-"""Run by test_planner.py in a process of its own: the peak of scoring or of generating, models included, above what
+"""For test_planned_memory.py, in its own process: the peak of scoring or of generating, models included, above what
 importing them took.
 
 python tests/measured_inference.py '<JSON of case>'       prints bytes

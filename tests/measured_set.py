@@ -1,4 +1,4 @@
-"""Run by test_planner.py in a process of its own: what reading a set of rollouts with their scores takes of a host.
+"""For test_planned_memory.py, in its own process: what reading a set of rollouts with their scores takes of a host.
 
 python tests/measured_set.py SAMPLES PROMPT_TOKENS ANSWER_TOKENS TOP_K FOLDER       prints bytes
 """

@@ -1,4 +1,4 @@
-"""Run by test_planner.py in a process of its own: the peak of real training steps above what importing them took.
+"""For test_planned_memory.py, in its own process: the peak of real training steps above what importing them took.
 
 python tests/measured_step.py '<JSON of case>' [RANK STORE]      prints bytes; with RANK: of that one of tp x dp ranks
 """
