@@ -2,11 +2,13 @@
 # A run over several nodes: Ray places the rollout and teacher workers, the trainer stays on the first node.
 #   bash launch/npd_ray.sh head --config FILE [key=value ...]    on the first node: starts Ray, then the run
 #   bash launch/npd_ray.sh join ADDRESS:PORT                     on every other node, a minute before or while it runs
-# When the run ends, the first node's Ray is stopped with every other Ray of this user there, and `join` ends too.
+# When the run ends, the first node's Ray is stopped with every other Ray of this user there, and `join` ends too; where
+# its own Ray ends before, with exit code 1.
 # The repository and the run folder must lie at the same paths on all nodes. Ray listens on NPD_RAY_HOST, 127.0.0.1
 # unless it is set, so a second node can only join if both name their address in a network that you trust: who reaches
-# Ray's ports can run programs. NPD_RAY_PORT: 6379 unless set. NPD_RAY_CARDS: the cards of this node that workers may
-# have, for example 4,5,6,7; on the first node name those that the trainer leaves, which takes the first ones.
+# Ray's ports can run programs. NPD_RAY_PORT: 6379 unless set, and none of 10002 to 19999, which Ray gives its
+# workers. NPD_RAY_CARDS: the cards of this node that workers may have, for example 4,5,6,7; on the first node name those
+# that the trainer leaves, which takes the first ones.
 # NPD_RAY_NODE: options for `ray start`, for example --num-cpus=2, without blanks in one of them. NPD_DEVICE=cpu: no NPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -47,23 +49,31 @@ case $role in
   join)
     first=${1:?ADDRESS:PORT of the first node}
     host=${NPD_RAY_HOST:?the address of this node that the first one reaches, where Ray is to listen}
-    command -v pgrep > /dev/null || { echo "launch/npd_ray.sh join needs pgrep and pkill, of procps" >&2 && exit 2; }
+    command -v pkill > /dev/null || { echo "launch/npd_ray.sh join needs ps and pkill, of procps" >&2 && exit 2; }
     log=$(mktemp)
     env $cards "${ray[@]}" start --address "$first" --node-ip-address "$host" --block --disable-usage-stats \
       "${options[@]}" > "$log" 2>&1 &
     node=$!
     trap 'pkill -P $node || true; kill -KILL $node 2> /dev/null || true' EXIT
-    until pgrep -P $node -x raylet > /dev/null; do
+    echo "joining the run at $first, as soon as Ray answers there"
+    until grep -q "Ray runtime started" "$log"; do
       kill -0 $node 2> /dev/null || { tail -n 5 "$log" >&2; exit 1; }
       sleep 1
     done
     echo "this node has joined the run at $first; Ray's words are in $log"
-    # `ray start` ends after its raylet with a long dump, or never, where somebody stopped the raylet
-    while pgrep -P $node -x raylet > /dev/null; do sleep 1; done
-    echo "the run at $first has ended, or this node has lost it"
+    # `ray start` ends after its raylet with a long dump, or never, where somebody stopped the raylet; and one that it
+    # has not waited for is still listed, as a zombie
+    while ps -o stat=,comm= --ppid $node | grep -q '^[^Z].* raylet$'; do sleep 1; done
+    for _ in 1 2 3 4 5; do # where both stop together, this one may be the first
+      timeout 5 bash -c '< "/dev/tcp/$0/$1"' "${first%:*}" "${first##*:}" 2> /dev/null \
+        || { echo "the run at $first has ended" && exit 0; }
+      sleep 1
+    done
+    echo "this node has lost the run at $first, where Ray still answers; its own words are in $log" >&2
+    exit 1
     ;;
   *)
-    sed -n '2,10p' "$0" >&2
+    sed -n '2,12p' "$0" >&2
     exit 2
     ;;
 esac

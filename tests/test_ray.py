@@ -135,6 +135,9 @@ def named(pid: int) -> str:
     return ""
 
 
+RUNS = "touch up; until [ -e down ]; do sleep 0.2; done"
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
     """launch/npd_ray.sh with this environment in the place of its own, and in npd's something that only waits; and who
@@ -151,7 +154,7 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
     (tmp_path / "launch" / "npd_ray.sh").write_text(script.replace("CLUSTER=0", "CLUSTER=1") if wide else script)
     (tmp_path / "launch" / "env.sh").write_text("environment() { :; }\n")
     (tmp_path / ".venv-ray" / "bin").mkdir(parents=True)
-    for name, does in (("ray", f'exec {sys.executable} -m ray.scripts.scripts "$@"'), ("npd", "touch up; sleep 60")):
+    for name, does in (("ray", f'exec {sys.executable} -m ray.scripts.scripts "$@"'), ("npd", RUNS)):
         (tmp_path / ".venv-ray" / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / ".venv-ray" / "bin" / name).chmod(0o755)
     with socket.socket() as free:
@@ -173,19 +176,21 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
         assert "NPD_RAY_HOST: the address of this node" in done.stderr
         opened = listening(marked(mark))
         if wide:  # else Ray takes no other node
-            environment["NPD_RAY_HOST"] = "127.0.0.1"
+            environment |= {"NPD_RAY_HOST": "127.0.0.1", "TMPDIR": str(tmp_path)}
             said = tmp_path / "said"
-            with said.open("w") as output:
-                joined = subprocess.Popen(
-                    join, cwd=tmp_path, env=environment | {"TMPDIR": str(tmp_path)}, stdout=output
-                )
-            wait_for(lambda: "this node has joined" in said.read_text() or joined.poll() is not None, 120)
-            (raylet,) = [pid for pid in marked(joins) if named(pid) == "raylet"]
-            os.kill(raylet, signal.SIGTERM)  # as `ray stop` does
-            assert joined.wait(60) == 0
-            assert "has ended" in said.read_text()
+            for lost in (True, False):
+                with said.open("w") as output:
+                    joined = subprocess.Popen(join, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+                wait_for(lambda: "this node has" in said.read_text(), 120)
+                if lost:
+                    (raylet,) = [pid for pid in marked(joins) if named(pid) == "raylet"]
+                    os.kill(raylet, signal.SIGTERM)
+                else:
+                    (tmp_path / "down").touch()
+                assert joined.wait(60) == lost, said.read_text()
+                assert ("has lost the run" if lost else "has ended") in said.read_text()
     finally:
-        process.terminate()
+        (tmp_path / "down").touch()
         process.wait()
         for pid in marked(mark) | marked(joins):
             with suppress(ProcessLookupError):
