@@ -34,7 +34,8 @@ class SweepConfig(BaseModel):
     config: Path | None = None  # or the YAML of a run, which every variant is from the beginning
     folder: Path  # of the runs and their table
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-    variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name -> key=value, as on the command line
+    settings: tuple[str, ...] = ()  # key=value of all variants, as on the command line
+    variants: dict[str, tuple[str, ...]] = Field(min_length=1)  # name -> its own, which come after them
 
     @model_validator(mode="after")
     def _one_origin(self):
@@ -62,7 +63,7 @@ def run_sweep(file: Path, jobs: int) -> None:
     """
     sweep = _load(file)
     runs = [
-        _Run(name, seed, (*overrides, f"run.seed={seed}"), sweep.folder / f"{_slug(name)}-seed{seed}")
+        _Run(name, seed, (*sweep.settings, *overrides, f"run.seed={seed}"), sweep.folder / f"{_slug(name)}-seed{seed}")
         for name, overrides in sweep.variants.items()
         for seed in sweep.seeds
     ]
@@ -81,7 +82,8 @@ def run_sweep(file: Path, jobs: int) -> None:
             pool.shutdown(cancel_futures=True)  # what runs is finished
             raise
     outcomes = [_outcome(run) for run in runs]
-    origin = f"Recorded run: {sweep.source.name}." if sweep.source else f"Configuration: {sweep.config.name}."
+    origin = f"Recorded run: {sweep.source.name}" if sweep.source else f"Configuration: {sweep.config.name}"
+    origin = " ".join([f"{origin}, all with", *sweep.settings] if sweep.settings else [origin]) + "."
     write_sweep_report(sweep.folder, origin, sweep.variants, outcomes)
     print((sweep.folder / "sweep.md").read_text(), end="")
     print(f"page: {sweep.folder / 'sweep.html'}")

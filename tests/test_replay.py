@@ -274,7 +274,8 @@ def test_a_sweep_of_whole_runs(tmp_path):
         "config": str(CONFIGS / "addition_cpu.yaml"),
         "folder": str(tmp_path / "sweep"),
         "seeds": [5],
-        "variants": {"only SFT": [*small, "data.prompts=null"]},
+        "settings": [*small, "sft.pack_tokens=64"],
+        "variants": {"only SFT": ["data.prompts=null", "sft.pack_tokens=128"]},
     }
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps(sweep))
@@ -282,7 +283,9 @@ def test_a_sweep_of_whole_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert table[0] == "| variant | settings | exact match after SFT | steps of NPD |"  # no column without a value
-    assert yaml.safe_load((tmp_path / "sweep" / "only-sft-seed5" / "config.yaml").read_text())["run"]["seed"] == 5
+    ran = yaml.safe_load((tmp_path / "sweep" / "only-sft-seed5" / "config.yaml").read_text())
+    assert (ran["run"]["seed"], ran["data"]["gold"]["count"], ran["sft"]["pack_tokens"]) == (5, 40, 128)
+    assert f"addition_cpu.yaml, all with {' '.join(sweep['settings'])}." in done.stdout
     file.write_text(json.dumps(sweep | {"variants": {"only SFT": ["sft.epocs=1"]}}))
     said = refused("sweep", file)
     assert "variant 'only SFT': " in said
@@ -296,6 +299,7 @@ def test_a_sweep_of_whole_runs(tmp_path):
 def test_the_sweeps_that_come_with_the_project_would_begin(cycle, tmp_path, file):
     sweep = load_yaml(SweepConfig, file, ())
     for overrides in sweep.variants.values():
+        overrides = [*sweep.settings, *overrides]
         if sweep.source:
             plan_replay(cycle, tmp_path / "replay", overrides)
         else:
