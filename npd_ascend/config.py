@@ -109,6 +109,11 @@ class TeacherConfig(Section):
             raise ValueError(f"engine={self.engine} and url={self.url} do not fit; served needs a url, local has none")
         return self
 
+    @property
+    def name(self) -> str:
+        """Who answers, for messages."""
+        return self.url or str(self.path)
+
 
 class JsonlSource(Section):
     """One JSON object a line; only the keys named here are read."""

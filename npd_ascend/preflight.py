@@ -106,7 +106,7 @@ def _check_teacher(config: Config, tokenizer: ChatTokenizer, heldout: list[Promp
         dtype=config.teacher.dtype,
         vocab_size=shared_vocab_size(config),
         pack_tokens=config.teacher.pack_tokens,
-        name=str(config.teacher.path),
+        name=config.teacher.name,
     )
 
 

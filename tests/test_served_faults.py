@@ -5,6 +5,7 @@ tests/vllm_cpu/test_served_teacher.py asks a real server.
 
 import json
 import math
+import re
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
@@ -43,12 +44,13 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(asked["prompt"][0], int):  # what ServedScorer.check asks
             self._say({}, code=200 if asked.get("allowed_token_ids", [0])[0] < VOCAB else 400)
             return
-        choices = [
-            {"index": i, "prompt_logprobs": [None, *(_entry(token, asked["prompt_logprobs"]) for token in ids[1:])]}
-            for i, ids in enumerate(asked["prompt"])
-        ]
         self.server.healthy_batches -= 1
         fault = self.server.fault if self.server.healthy_batches < 0 else ""
+        top_k, share = asked["prompt_logprobs"], 1 / VOCAB if fault == "uniform" else 0.9
+        choices = [
+            {"index": i, "prompt_logprobs": [None, *(_entry(token, top_k, share) for token in ids[1:])]}
+            for i, ids in enumerate(asked["prompt"])
+        ]
         entry = choices[-1]["prompt_logprobs"][-1]
         if fault == "hangs":
             self.server.ended.wait()
@@ -78,9 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _entry(token, top_k):
+def _entry(token, top_k, share):
     ids = [token, *(id_ for id_ in range(VOCAB) if id_ != token)][:top_k]
-    return {str(id_): {"logprob": math.log(0.9 if id_ == token else 0.1 / (VOCAB - 1))} for id_ in ids}
+    return {str(id_): {"logprob": math.log(share if id_ == token else (1 - share) / (VOCAB - 1))} for id_ in ids}
 
 
 @pytest.fixture
@@ -167,8 +169,14 @@ def test_a_run_keeps_what_was_scored_and_goes_on_when_the_server_is_well_again(s
     assert run.stream.is_decided(0)
 
 
+NO_TEACHER = {
+    "NaN": "the teacher's log-probs are not numbers",
+    "uniform": r"the teacher's entropy on 16 rollouts is 2\.71 nats/token",
+}
+
+
 @pytest.mark.slow
-def test_a_whole_run_stops_with_its_teacher_and_goes_on_to_the_same_student(server, tmp_path):
+def test_a_whole_run_stops_with_its_teacher_and_goes_on_to_the_same_student(server, tmp_path, capfd):
     healthy, folder = tmp_path / "healthy", tmp_path / "run"
     for stage in ("rollout", "score", "distill"):
         assert npd_here(stage, *served_run(healthy, server), "npd.epochs=1").returncode == 0
@@ -178,9 +186,17 @@ def test_a_whole_run_stops_with_its_teacher_and_goes_on_to_the_same_student(serv
     assert [server.url in line for line in done.stderr.splitlines() if line.startswith("npd ")] == [True]
     assert "npd score ended with exit code 2; mend that, and the same command continues from here" in done.stderr
     assert "restart" not in done.stderr
-    run, server.fault = reopen_run(folder), ""
+    run = reopen_run(folder)
     before = written(run)
     assert 0 < len(before) < len(run.stream.entries("rollouts", 0))
+    for server.fault, what in NO_TEACHER.items():  # in the place of the one that died
+        server.healthy_batches = 14  # what a worker asks before it scores
+        assert npd_here("run", *served_run(folder, server), "npd.epochs=1").returncode == 2
+        (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("npd score: ")]
+        assert re.search(f"{server.url}: {what}", said)
+        assert written(run) == before
+        assert not run.stream.is_decided(0)
+    server.fault = ""
     for stage in ("score", "distill"):  # what the same command would start
         assert npd_here(stage, "--run", folder).returncode == 0
     assert before.items() <= written(run).items()

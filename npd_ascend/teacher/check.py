@@ -29,7 +29,7 @@ def check_teacher(
     """One line that says what was found; UserError if the teacher must not be used.
 
     prompts: held-out prompts; those with a reference answer are used, at most 64. `name`: the teacher's
-    folder, for messages. Without reference answers only the entropy on rollouts (check_scores) speaks.
+    folder or server, for messages. Without reference answers only the entropy on rollouts (check_scores) speaks.
     """
     rows = [
         (p.token_ids + tokenizer.encode_answer(p.answer), len(p.token_ids)) for p in prompts if p.answer is not None

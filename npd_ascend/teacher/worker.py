@@ -113,7 +113,7 @@ class Reader:
         self, number: int, shard: int, rollouts: Sequence[Rollout], dropped: Mapping[str, str], waited: float = 0.0
     ) -> list[Score]:
         """Score and commit what passed the free filters, to set `number`. waited: seconds for it, for the log."""
-        config, name = self._run.config.teacher, str(self._run.config.teacher.path)
+        config = self._run.config.teacher
         vocab_size = shared_vocab_size(self._run.config)
         self._load(rollouts[0].weight_version)
         started = time.perf_counter()
@@ -127,7 +127,7 @@ class Reader:
             pack_tokens=config.pack_tokens,
         )
         if scores:
-            check_scores(scores, vocab_size, name)
+            check_scores(scores, vocab_size, config.name)
         self._run.stream.commit("scores", number, shard, scores)
         tokens, seconds = sum(len(rollout.token_ids) for rollout in passing), time.perf_counter() - started
         self.metrics.log(
@@ -168,7 +168,7 @@ class Reader:
                 dtype=config.teacher.dtype,
                 vocab_size=shared_vocab_size(config),
                 pack_tokens=config.teacher.pack_tokens,
-                name=str(config.teacher.path),
+                name=config.teacher.name,
             )
         if self._version != version:
             self._student, self._version = _load_generator(self._run, version), version
