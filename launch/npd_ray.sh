@@ -70,11 +70,19 @@ case $role in
       sleep 1
     done
     echo "this node has joined the run at $first; Ray's words are in $log"
+    reach() { LC_ALL=C timeout 5 bash -c '< "/dev/tcp/$0/$1"' "${first%:*}" "${first##*:}" 2>&1; }
     # `ray start` ends after its raylet with a long dump, or never, where somebody stopped the raylet; and one that it
     # has not waited for is still listed, as a zombie
-    while ps -o stat=,comm= --ppid $node | grep -q '^[^Z].* raylet$'; do sleep 1; done
+    silent=0
+    for ((turn = 1; silent < 6; turn++)); do
+      ps -o stat=,comm= --ppid $node | grep -q '^[^Z].* raylet$' || break
+      sleep 1
+      # a host without power closes no connection, and Ray waits for it for many minutes
+      ((turn % 10)) && continue
+      said=$(reach) && silent=0 || case $said in *refused*) ;; *) silent=$((silent + 1)) ;; esac
+    done
     for _ in 1 2 3 4 5; do # where both stop together, this one may be the first
-      said=$(LC_ALL=C timeout 5 bash -c '< "/dev/tcp/$0/$1"' "${first%:*}" "${first##*:}" 2>&1) || case $said in
+      said=$(reach) || case $said in
         *refused*) echo "the run at $first has ended" && exit 0 ;;
         *)
           echo "the first node, ${first%:*}, is not to be reached any more; where its run runs, join it again" >&2
