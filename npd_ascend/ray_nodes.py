@@ -7,6 +7,7 @@ resource NPU). Whether and how often a process is started again is decided where
 import logging
 import socket
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 from npd_ascend.config import Config
 from npd_ascend.errors import UserError
 from npd_ascend.parallel.launch import die_with_parent
-from npd_ascend.placement import recipe
+from npd_ascend.placement import Process, recipe
 
 _CRASHED = 1
 _KILL_S = 10
 _CONNECT_S = 5
+_LOOK_S = 5
 _log = logging.getLogger(__name__)
 
 
@@ -37,6 +39,7 @@ class RayProcess:
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=needs, max_retries=0)(_run_here)
         self._result: Any = remote.remote(list(command), str(log))
         self._name = log.stem
+        self._lost = False
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; 1 if the node or Ray's own process is gone; None while it runs."""
@@ -47,7 +50,9 @@ class RayProcess:
         try:
             return ray.get(self._result)
         except ray.exceptions.RayError as error:
-            _log.warning("npd %s: Ray lost it: %s", self._name, str(error).strip().splitlines()[0])
+            if not self._lost:  # to be said once
+                _log.warning("npd %s: Ray lost it: %s", self._name, str(error).strip().splitlines()[0])
+            self._lost = True
             return _CRASHED
 
     def kill(self) -> None:
@@ -79,20 +84,50 @@ def join_cluster(config: Config) -> None:
             f"processes.ray={processes.ray}: no Ray cluster answers there ({str(error).splitlines()[0]}); start one "
             f"with launch/npd_ray.sh, or leave the key out"
         ) from None
-    there = ray.cluster_resources()
     for group in recipe(config):
-        wanted: Counter[str] = Counter()
-        for process in group:
-            wanted.update(process.needs or {})
-        for resource, amount in wanted.items():
-            have = there.get(resource, 0)
-            if have < amount:  # the last of them would wait for ever
-                names = ", ".join(process.name for process in group if resource in (process.needs or {}))
-                raise UserError(
-                    f"{names} take {amount:g} {resource} side by side, but the Ray cluster at {processes.ray} has "
-                    f"{have:g} {resource} in all; add nodes, or lower processes.rollout, processes.teacher or what "
-                    f"each of them needs (processes.rollout_needs, processes.teacher_needs)"
-                )
+        if lack := what_is_lacking(config, group):  # the last of them would wait for ever
+            raise UserError(lack)
+
+
+def what_is_lacking(config: Config, group: Sequence[Process]) -> str | None:
+    """What `group` takes side by side of the cluster, as it is now, and it has not in all."""
+    import ray
+
+    there, wanted = Counter[str](), Counter[str]()
+    for node in ray.nodes():  # ray.cluster_resources() has those of a node that died for a while yet
+        if node["Alive"]:
+            there.update(node["Resources"])
+    for process in group:
+        wanted.update(process.needs or {})
+    for resource, amount in wanted.items():
+        have = there[resource]
+        if have < amount:
+            names = [process.name for process in group if resource in (process.needs or {})]
+            take = f"{', '.join(names)} {'take' if names[1:] else 'takes'} {amount:g} {resource} side by side"
+            return (
+                f"{take}, but the Ray cluster at {config.processes.ray} has {have:g} {resource} in all; add nodes, or "
+                f"lower processes.rollout, processes.teacher or what each of them needs (processes.rollout_needs, "
+                f"processes.teacher_needs)"
+            )
+    return None
+
+
+class Shortage:
+    """Says once that the cluster has become too small, as when a node died: Ray lets who is started again wait."""
+
+    def __init__(self, config: Config):
+        self._config, self._looked = config, time.monotonic()
+        self._said: str | None = None
+
+    def look(self, group: Sequence[Process]) -> None:
+        """group: who runs, or waits for its place."""
+        if not self._config.processes.ray or time.monotonic() - self._looked < _LOOK_S:
+            return
+        self._looked = time.monotonic()
+        lack = what_is_lacking(self._config, group)
+        if lack and lack != self._said:
+            _log.warning("%s; who has no place waits for one", lack)
+        self._said = lack
 
 
 def _run_here(command: list[str], log: str) -> int:

@@ -16,7 +16,7 @@ from npd_ascend.nodes import Nodes
 from npd_ascend.parallel.launch import die_with_parent
 from npd_ascend.placement import Process, place, recipe, share
 from npd_ascend.ranks import visible_cards
-from npd_ascend.ray_nodes import RayProcess, join_cluster
+from npd_ascend.ray_nodes import RayProcess, Shortage, join_cluster
 from npd_ascend.runfolder import RunFolder, keep_config, leave_run
 
 _POLL_S = 0.1
@@ -83,10 +83,12 @@ def _run_group(run: RunFolder, group: list[Process], nodes: Nodes) -> int:
     """Until all have ended with 0, or one with a code that is no reason to start it again."""
     placed = place(run.config, group, visible_cards(run.config.device.kind))
     running = [_start(run, process, placed[process.name], first=process is group[0]) for process in group]
+    shortage = Shortage(run.config)
     try:
         while running:
             time.sleep(_POLL_S)
             nodes.look()
+            shortage.look([one.process for one in running])
             for one in list(running):
                 _kill_if_hung(run, one)
                 code = one.child.poll()

@@ -66,7 +66,7 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
     second = add('--resources={"room": 1, "teacher": 1}')
     needs = "rollout_needs: {room: 1}, teacher_needs: {teacher: 1}"
     processes = f"processes={{rollout: 2, {needs}, ray: '{address}'}}"
-    more = settings(tmp_path / "run", ONE_BEHIND, processes, "data.prompts.count=3000")
+    more = settings(tmp_path / "run", ONE_BEHIND, processes, "data.prompts.count=600")
     words = [sys.executable, "-m", "npd_ascend", "run", *more]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -75,6 +75,8 @@ def test_a_node_that_dies_loses_nothing(cluster, soak, tmp_path):  # noqa: F811
         second.kill()
         log = tmp_path / "run" / "logs" / "run.log"
         wait_for(lambda: "Ray lost it" in log.read_text())
+        lacks = f"rollout-0, rollout-1 take 2 room side by side, but the Ray cluster at {address} has 1 room in all"
+        wait_for(lambda: lacks in log.read_text())
         add('--resources={"room": 1, "teacher": 1}')  # it takes the place of the other, while the run runs
         _, said = process.communicate(timeout=400)
     finally:
