@@ -227,23 +227,25 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def test_what_hangs_is_started_again_and_nothing_is_lost(soak, start_long, tmp_path):
-    """First the trainer, behind which the stream fills up until the generator may not begin more; then the workers, so
-    that a new trainer waits for new ones."""
+    """First the workers; then the trainer, behind which the stream fills up until the generator may not begin more."""
     folder = tmp_path / "run"
-    process = start_long(folder, "processes.timeout_s=60", "data.prompts.count=600")
+    process = start_long(folder, "processes.timeout_s=60", "data.prompts.count=1000")
     try:
-        running, stream, log = children(process.pid), Stream(folder / "stream"), folder / "logs" / "rollout.log"
-        assert running.keys() == {"distill", "rollout", "score"}
-        os.kill(running["distill"], signal.SIGSTOP)
-        waits = "waiting for the trainer to reach shard"
-        before = log.read_text().count(waits)
-        wait_for(lambda: log.read_text().count(waits) > before)
+        hung = {role: pid for role, pid in children(process.pid).items() if role != "distill"}
+        for pid in hung.values():
+            os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: all(children(process.pid).get(role, pid) != pid for role, pid in hung.items()))
+        packs = folder / "stream" / "packs.jsonl"
+        before = packs.read_text().count("\n")
+        wait_for(lambda: packs.read_text().count("\n") > before + 4)  # by the new workers
+        trainer = children(process.pid)["distill"]
+        os.kill(trainer, signal.SIGSTOP)
+        stream, log = Stream(folder / "stream"), folder / "logs" / "rollout.log"
+        wait_for(lambda: "waiting for the trainer to reach shard" in log.read_text())
         generated = len(stream.shards("rollouts"))
         time.sleep(2)
         assert len(stream.shards("rollouts")) == generated
-        assert children(process.pid) == running
-        for role in ("rollout", "score"):
-            os.kill(running[role], signal.SIGSTOP)
+        assert children(process.pid)["distill"] == trainer
         _, said = process.communicate(timeout=400)
     finally:
         stop(process)
