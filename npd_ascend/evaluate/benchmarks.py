@@ -72,11 +72,16 @@ _DROP = {
 # \boxed{B} are lost. Here a letter that is said to be the answer counts above one in bold, and that above one in
 # brackets or in "option B is correct", of which the last counts. Neither D-type nor the word in "A value" is a letter.
 _LETTER = r"(?i:(?:option|choice) )?\(?(A(?! (?!(?:because|since|as|and|for|with)\b)[a-z])|[B-D])(?![\w-])"
-_SAID = r"(?:\\boxed\{|(?i:answer(?: is|\W*:)|(?:option|choice) is))(?:\\(?:text|math)\w*\{|\W)*" + _LETTER
+# "it is not true that the answer is A" says no letter
+_DENIALS = ("not true", "n't true", "false", "not sure", "not think", "n't think", "not believe", "n't believe")
+_DENIED = "".join(
+    f"(?<!{denial} {words})" for denial in _DENIALS for words in ("", "that ", "that the ", "that the correct ", "the ")
+)
+_SAID = rf"(?:\\boxed\{{|{_DENIED}(?i:answer(?: is|\W*:)|(?:option|choice) is))(?:\\(?:text|math)\w*\{{|\W)*" + _LETTER
 _LAST_LINE = r"^[^\w\n]*([A-D])\W*\Z"
 # not where it is correct "only if"
 _CORRECT = (
-    r"(?i:option|choice|answer) \(?([A-D])\)? is (?:the )?"
+    _DENIED + r"(?i:option|choice|answer) \(?([A-D])\)? is (?:the )?"
     r"(?:correct|right|best|answer)(?: (?:answer|option|choice|one))?(?=[.!]|\s*(?:\n|\Z)|,? (?:because|since|as)\b)"
 )
 _GPQA = {

@@ -92,6 +92,8 @@ GPQA = [
     ("Option A is incorrect. Option B is correct, since it is light.", False),
     ("The answer is (B). Option A is correct.", True),
     ("It seems that option A is correct. But it is heavy, so (B)", True),
+    ("It is true that option B is correct. It is not true that option A is correct.", False),
+    ("The correct option is B. I do not think that the answer is A.", False),
 ]
 
 
@@ -157,6 +159,8 @@ def test_gpqa(tmp_path):
         ("It is not known.", "A value near 20", "Option A is correct only if it is light."), "[invalid]"
     )
     others["Option A is not correct."] = "[invalid]"
+    others["It is not true that option A is correct."] = "[invalid]"
+    others["It isn't true that the correct answer is A."] = "[invalid]"
     wanted = {text: "B" for text, _ in GPQA} | others
     rows = [
         {"Question": f"How high, case {i}?", "Correct Answer": "right", "Incorrect Answer 1": "one"}
