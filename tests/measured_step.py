@@ -28,6 +28,9 @@ from npd_ascend.records import Sample
 from npd_ascend.trainer.objectives import Objective, make_batch, weight_sum, with_reference
 from npd_ascend.trainer.optimizer import MasterAdamW
 from npd_ascend.trainer.step import train_step
+from npd_ascend.weights.collective import open_group
+from npd_ascend.weights.receiver import WeightReceiver
+from npd_ascend.weights.sender import open_sender
 
 SAMPLE_TOKENS, PROMPT_TOKENS = 256, 64
 
@@ -71,6 +74,18 @@ def checkpoint(optimizer: MasterAdamW) -> None:
         checkpoints.wait()
 
 
+def offer_twice(model: Decoder) -> None:
+    """rollout.weights: memory, where a worker does not take the first version before the second is there."""
+    with tempfile.TemporaryDirectory() as name, open_sender(Path(name), torch.float32, timeout_s=60) as sender:
+        sender.offer(1, model)
+        receiver = WeightReceiver(Path(name), "slow", timeout_s=60)
+        group = open_group(receiver.connect(ranks=1), rank=1)
+        receiver.manifest(1)
+        sender.offer(2, model)
+        receiver.hang_up()
+        del group
+
+
 def _samples(vocab_size: int, pack_tokens: int) -> list[Sample]:
     random = np.random.Generator(np.random.PCG64(0))
     answer = SAMPLE_TOKENS - PROMPT_TOKENS
@@ -99,12 +114,15 @@ def main() -> None:
     warm = steps(small, dtype, SAMPLE_TOKENS, recompute, 1, objective, mesh)
     if mesh is ALONE:
         checkpoint(warm)  # the libraries' own buffers, and what recomputing imports
+        offer_twice(_model(small, dtype, recompute, mesh))
     del warm
     made: list[MasterAdamW] = []
     config, packs = DecoderConfig(**case["config"]), (case["pack_tokens"], recompute, case["packs"])
     found = {"step": peak_bytes(lambda: made.append(steps(config, dtype, *packs, objective, mesh)))}
     if mesh is ALONE:
         found["checkpoint"] = peak_bytes(lambda: checkpoint(made[0]))
+        model = _model(config, dtype, recompute, mesh)
+        found["transfer"] = peak_bytes(lambda: offer_twice(model))
     else:
         mesh.barrier()
         dist.destroy_process_group()

@@ -23,6 +23,7 @@ from npd_ascend.planner.memory import (
     teacher_memory,
     trainer_memory,
 )
+from npd_ascend.planner.transfer import beside_sender
 
 ROOT = Path(__file__).parent.parent
 CASES = [
@@ -39,6 +40,7 @@ def _planned(config, dtype, pack_tokens, recompute, packs, grpo=""):
     )
     answers = pack_tokens * 3 // 4  # of measured_step.py's samples
     memory = trainer_memory("distill", config, layout, DTYPES[dtype], device="cpu", answer_tokens=answers)
+    memory = beside_sender(memory, config, torch.float32, of_card=False, group_bytes=0)
     return beside_reference(memory) if grpo else memory
 
 
@@ -57,10 +59,12 @@ def test_within_15_percent_of_real_steps(case):
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     measured, planned = json.loads(printed), _planned(*case)
-    for part, value in (("step", planned.step), ("checkpoint", planned.checkpoint)):  # pytest -s shows them
+    for part in ("step", "checkpoint", "transfer"):
+        value = getattr(planned, part)  # pytest -s shows it
         print(f"{part}: measured {measured[part] / 2**20:.0f} MiB, planned {value / measured[part]:.3f} of it")
     assert planned.step == pytest.approx(measured["step"], rel=0.15)
     assert planned.checkpoint == pytest.approx(measured["checkpoint"], rel=0.15)
+    assert planned.transfer == pytest.approx(measured["transfer"], rel=0.15)
     # planted mistakes lie outside
     for wrong in (
         planned.step - planned.optimizer,
@@ -71,6 +75,8 @@ def test_within_15_percent_of_real_steps(case):
         *([_planned(*case[:5]).step] if grpo else []),  # without the reference
     ):
         assert wrong != pytest.approx(measured["step"], rel=0.15)
+    for versions in (1, 3):
+        assert planned.transfer * versions / 2 != pytest.approx(measured["transfer"], rel=0.15)
     assert planned.checkpoint * 2 / 3 != pytest.approx(measured["checkpoint"], rel=0.15)
 
 

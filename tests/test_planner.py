@@ -20,6 +20,7 @@ from npd_ascend import preflight
 from npd_ascend.__main__ import main
 from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
+from npd_ascend.model.families import read_config
 from npd_ascend.placement import place, recipe
 from npd_ascend.planner.command import HEADROOM, _Asked, held_of_a_set
 from npd_ascend.planner.memory import (
@@ -280,6 +281,37 @@ def test_the_layout_that_fits_names_the_packs_of_its_own_section(name, section):
     asked = _Asked(load_config(CONFIGS / f"{name}.yaml"), ASCEND)
     (said,) = {str(layout).split()[-1].split(".")[0] for layout in asked._other_layouts()}
     assert said == section
+
+
+@pytest.mark.parametrize("grpo", [False, True])
+def test_weights_on_their_way_are_counted_where_they_lie(addition_student, monkeypatch, grpo):
+    """The trainer's two versions are whole ones though it is cut; sft and weights from disk have none."""
+    monkeypatch.setenv("HCCL_BUFFSIZE", "200")
+    name, role = ("addition_grpo", "grpo") if grpo else ("addition_stream", "distill")
+    words = [f"student.path={_shaped(addition_student, PANGU_1B)}", "rollout.engine=vllm", "rollout.dtype=bfloat16"]
+    words += ["processes.rollout=3", "parallel.tp=2", "data.gold.count=8"]
+    whole = 2 * read_config(addition_student).num_parameters
+
+    def planned(kind, weights):
+        keys = [*words, f"device.kind={kind}", f"rollout.weights={weights}"]
+        asked = _Asked(load_config(CONFIGS / f"{name}.yaml", keys), ASCEND)
+        roles = {one.role: one for one in asked.plan(asked.layout).memory}
+        return roles["grpo-rollout" if grpo else "rollout"], roles[role], roles["sft"]
+
+    for kind, weights in (("npu", "memory"), ("npu", "device"), ("cpu", "memory")):
+        generator, trainer, sft = planned(kind, "disk")
+        assert generator.transfer == trainer.transfer == 0
+        receiver, sender, same = planned(kind, weights)
+        of_card, group = kind == "cpu" or weights == "device", 4 * 10**8 * (weights == "device")
+        assert sender.transfer == 2 * whole
+        assert sender.peak - trainer.peak == sender.step - trainer.step == of_card * 2 * whole + 3 * group
+        loading = generator.weights + generator.kv_cache + of_card * receiver.transfer
+        assert receiver.peak == group + max(generator.peak, loading)
+        if weights == "device":  # the embedding alone is one bucket, each of the next two ends within a layer
+            assert 2**29 < receiver.transfer - 2 * 153376 * 1536 < 2**29 + 2 * (2 * 6144 * 1536)
+        else:
+            assert receiver.transfer == whole
+        assert same == sft
 
 
 def test_vllm_reads_no_more_prompt_tokens_at_once_than_its_limit():

@@ -25,13 +25,15 @@ from npd_ascend.planner.memory import (
 )
 from npd_ascend.planner.rates import ASCEND, Hardware, this_host
 from npd_ascend.planner.timing import Samples, StageTime, Workload, answering, cycle, train_tokens_per_s, training
+from npd_ascend.planner.transfer import beside_receiver, beside_sender
 from npd_ascend.prompts import Wanted, grpo_shards, wanted_shards
 from npd_ascend.ranks import this_node
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.samples import gold_samples
 
 HEADROOM = 0.9  # of a card: the rest is for fragments, workspaces of operators and the runtime itself
-_PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "kv_cache", "collectives", "checkpoint", "peak")
+_PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "kv_cache", "collectives", "transfer")
+_PARTS += ("checkpoint", "peak")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +207,24 @@ class _Asked:
             with countable(config.kernels) as kernels:
                 pack_tokens = config.teacher.pack_tokens
                 roles.append(teacher_memory(teacher, self._student, dtypes, pack_tokens, device=kind, kernels=kernels))
-        return [*roles, self._trainer("distill", layout, int(self.work.mean.answer_share * layout.pack_tokens))]
+        trainer = self._trainer("distill", layout, int(self.work.mean.answer_share * layout.pack_tokens))
+        if config.npd.stream:
+            roles[0], trainer = self._joined(roles[0], trainer)
+        return [*roles, trainer]
+
+    def _joined(self, generator: Memory, trainer: Memory) -> tuple[Memory, Memory]:
+        """Both with what the weights take on their way from one to the other."""
+        config, kind, dtype = self._config, self._config.device.kind, DTYPES[self._config.rollout.dtype]
+        if config.rollout.weights == "disk":
+            return generator, trainer
+        between_devices = config.rollout.weights == "device"
+        of_card = between_devices or kind == "cpu"
+        group = group_bytes(kind) if between_devices else 0
+        generator = beside_receiver(
+            generator, self._student, dtype, in_buckets=between_devices, of_card=of_card, group_bytes=group
+        )
+        groups = config.processes.rollout * group
+        return generator, beside_sender(trainer, self._student, dtype, of_card=of_card, group_bytes=groups)
 
     def _rollout(self, role: str, longest_prompt: int) -> Memory:
         rollout = self._config.rollout
@@ -223,7 +242,7 @@ class _Asked:
         trainer = self._trainer("grpo", layout, int(self._grpo_work.mean.answer_share * layout.pack_tokens))
         if self._config.grpo.kl_weight:
             trainer = beside_reference(trainer)
-        return [self._rollout("grpo-rollout", self._longest_problem), trainer]
+        return list(self._joined(self._rollout("grpo-rollout", self._longest_problem), trainer))
 
     def _grpo_times(self, layout: Layout) -> list[StageTime]:
         config, work, hardware = self._config, self._grpo_work, self._hardware

@@ -66,6 +66,7 @@ class Memory:
     loss: int = 0  # a chunk of logits, the head's gradient until it is a gradient sum
     kv_cache: int = 0
     collectives: int = 0  # buffers of the collective library
+    transfer: int = 0  # of weights on their way from the trainer to the generators (transfer.py)
     checkpoint: int = 0  # of the host's memory, while one is written and training goes on
     step: int = 0  # the largest moment of a step; not the sum, see above
     peak: int
