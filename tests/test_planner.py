@@ -290,6 +290,7 @@ def test_weights_on_their_way_are_counted_where_they_lie(addition_student, monke
     name, role = ("addition_grpo", "grpo") if grpo else ("addition_stream", "distill")
     words = [f"student.path={_shaped(addition_student, PANGU_1B)}", "rollout.engine=vllm", "rollout.dtype=bfloat16"]
     words += ["processes.rollout=3", "parallel.tp=2", "data.gold.count=8"]
+    words += ["data.problems.count=8", "grpo.steps=2"] if grpo else ["data.prompts.count=8"]
     whole = 2 * read_config(addition_student).num_parameters
 
     def planned(kind, weights):

@@ -32,8 +32,10 @@ from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.samples import gold_samples
 
 HEADROOM = 0.9  # of a card: the rest is for fragments, workspaces of operators and the runtime itself
-_PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "kv_cache", "collectives", "transfer")
-_PARTS += ("checkpoint", "peak")
+_PARTS = (
+    *("weights", "gradients", "optimizer", "activations", "loss", "kv_cache"),
+    *("collectives", "transfer", "checkpoint", "peak"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
