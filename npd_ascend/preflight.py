@@ -210,22 +210,24 @@ def _check_disk(config: Config, student: DecoderConfig, samples: int) -> None:
 
 
 def _warn_of_host_memory(config: Config, shards: list[list[Wanted]], *, made: bool) -> None:
-    """A trainer that takes too much is killed after the set was made; how long its answers are is not known before.
+    """A process that takes too much is killed after the set was made; how long its answers are is not known before.
 
     made: the set is there already, as in a replay, and stays as large as it is.
     """
     prompts = [len(prompt.token_ids) for shard in shards for prompt, _ in shard]
-    ranks, of_one = held_of_a_set(config, len(prompts), sum(prompts) / len(prompts))
+    held, of_one = held_of_a_set(config, len(prompts), sum(prompts) / len(prompts))
     way_out = "lower data.prompts.count or rollout.samples_per_prompt, or set npd.stream, which reads shard by shard"
     if made:
-        way_out = "take fewer ranks here (parallel.dp, parallel.tp) or a host with more memory"
-    if (there := host_memory()) < ranks * of_one:
+        way_out = (
+            "take fewer ranks and teacher workers here (parallel.dp, parallel.tp, processes.teacher) or more memory"
+        )
+    if (there := host_memory()) < held * of_one:
         _log.warning(
-            "npd: a set of %d rollouts, all of which each of the trainer's ranks holds, takes up to %.0f GB of this "
-            "host's memory for %d, and it has %.0f GB; if answers are not much shorter than rollout.max_new_tokens, %s",
+            "npd: a set of %d rollouts, held by %d processes of trainer and teacher at a time, takes up to %.0f GB of "
+            "this host's memory, and it has %.0f GB; if answers are not much shorter than rollout.max_new_tokens, %s",
             len(prompts),
-            ranks * of_one / 1e9,
-            ranks,
+            held,
+            held * of_one / 1e9,
             there / 1e9,
             way_out,
         )

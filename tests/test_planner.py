@@ -44,13 +44,15 @@ def test_a_set_that_the_host_may_not_hold_is_said_before_it_is_made(tmp_path, mo
     monkeypatch.setattr(preflight, "host_memory", lambda: 100_000)
     asked = ["data.prompts.count=90", "data.heldout.count=15", f"run.folder={tmp_path}"]
     preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", asked))
-    assert re.search(r"npd: a set of 105 rollouts, .* takes up to 0 GB of this host's .* for 1, and it", caplog.text)
+    assert re.search(
+        r"npd: a set of 105 rollouts, held by 1 .* takes up to 0 GB of this host's memory, and it", caplog.text
+    )
     assert "lower data.prompts.count" in caplog.text
     caplog.clear()
     with monkeypatch.context() as patch:
         patch.setattr(preflight, "roles_to_do", lambda *_: {"distill"})  # as in a replay, which refuses those
         preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", asked))
-    assert "take fewer ranks here (parallel.dp, parallel.tp)" in caplog.text
+    assert "take fewer ranks and teacher workers here" in caplog.text
     assert "data.prompts" not in caplog.text
     caplog.clear()
     two = load_config(CONFIGS / "addition_cpu.yaml", [*asked, "parallel.dp=2"])
@@ -58,7 +60,13 @@ def test_a_set_that_the_host_may_not_hold_is_said_before_it_is_made(tmp_path, mo
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert (alone, *held_of_a_set(two, 105, 9.5)) == (2, 1, of_one)
+    three = load_config(CONFIGS / "addition_cpu.yaml", ["processes.teacher=3", "parallel.dp=2"])
+    assert held_of_a_set(three, 105, 9.5)[0] == 2  # workers 0 and 2 of them are here
     monkeypatch.delenv("NNODES")
+    more = {(): 3, ("npd.overlap=true",): 5, ("parallel.dp=4",): 4}
+    for settings, held in more.items():
+        config = load_config(CONFIGS / "addition_cpu.yaml", ["processes.teacher=3", "parallel.dp=2", *settings])
+        assert held_of_a_set(config, 105, 9.5)[0] == held
     monkeypatch.setattr(preflight, "roles_to_do", lambda *_: {"grpo"})
     preflight.check_run(load_config(CONFIGS / "addition_cpu.yaml", asked))
     assert not caplog.text

@@ -12,6 +12,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.families import read_config
 from npd_ascend.parallel.launch import ranks_of
 from npd_ascend.parallel.plan import refusal
+from npd_ascend.placement import recipe, share
 from npd_ascend.planner.fused import countable
 from npd_ascend.planner.memory import (
     VLLM_REQUESTS,
@@ -54,8 +55,8 @@ def print_plan(config: Config) -> None:
     print(f"plan of {config.run.name} on {hardware.name}\n{plan.layout}\n")
     print(table(plan))
     if config.npd and not config.npd.stream:
-        ranks, of_one = held_of_a_set(config, asked.work.samples, asked.work.prompt_tokens)
-        print(f"\na host holds a set of rollouts for every rank of the trainer: up to {ranks} x {size(of_one)}iB")
+        held, of_one = held_of_a_set(config, asked.work.samples, asked.work.prompt_tokens)
+        print(f"\nprocesses of a host that hold a set of rollouts at a time: {held}, up to {size(of_one)}iB each")
     print()
     print(rates_table(hardware))
     _refuse_too_large(asked, plan, HEADROOM, {memory.role for memory in plan.memory})
@@ -68,11 +69,20 @@ def check_that_it_fits(config: Config, roles: Container[str]) -> None:
 
 
 def held_of_a_set(config: Config, samples: int, prompt_tokens: float) -> tuple[int, int]:
-    """(the trainer's ranks on this node, bytes of its memory that each of them holds of a set at most): every answer
-    as long as it may be, and all of them kept. prompt_tokens: their mean."""
-    answer, parallel = config.rollout.max_new_tokens, config.parallel
+    """(processes of this node that hold a set at the same time, bytes of its memory that each holds at most): every
+    answer as long as it may be, and all of them kept. prompt_tokens: their mean.
+
+    The trainer's ranks do, the teacher's workers, which look for duplicates among all, and with npd.overlap both.
+    """
+    answer, node = config.rollout.max_new_tokens, this_node()
     of_one = bytes_of_set(samples, prompt_tokens + answer, answer, config.teacher.top_k)
-    return len(ranks_of(this_node(), parallel.tp * parallel.dp)), of_one
+    ranks = len(ranks_of(node, config.parallel.tp * config.parallel.dp))
+    held = 0
+    for group in recipe(config):
+        here = (process for process in share(config, group, node) if not (config.processes.ray and process.needs))
+        roles = [process.arguments[0] for process in here]
+        held = max(held, ranks * roles.count("distill") + roles.count("score"))
+    return held, of_one
 
 
 def _refuse_too_large(asked: "_Asked", plan: Plan, share: float, roles: Container[str]) -> None:
