@@ -20,7 +20,7 @@ import torch
 
 from npd_ascend.device import DTYPES
 from npd_ascend.model.load import load_decoder, save_decoder
-from npd_ascend.rollout.engine import Engine, Request, Sampling
+from npd_ascend.rollout.engine import Engine, Request, Sampling, in_order
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.rollout.vllm_engine import VllmEngine
 
@@ -48,7 +48,7 @@ def tokens_per_second(engine: Engine, requests: list[Request]) -> float:
     best = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        completions = engine.generate(requests, Sampling(1.0))
+        completions = in_order(engine.generate(requests, Sampling(1.0)))
         tokens = sum(len(completion.token_ids) for completion in completions)
         best = max(best, tokens / (time.perf_counter() - started))
     return round(best, 1)

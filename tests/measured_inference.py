@@ -21,7 +21,7 @@ from peak import peak_bytes
 from npd_ascend.device import DTYPES
 from npd_ascend.model.families import DecoderConfig
 from npd_ascend.model.load import load_decoder
-from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.engine import Request, Sampling, in_order
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.teacher.local import score_answers
 
@@ -65,7 +65,7 @@ def generate(
     engine.load_weights(folder)
     random = np.random.Generator(np.random.PCG64(0))
     prompts = random.integers(0, vocab_size, (batch, prompt_tokens)).tolist()
-    engine.generate([Request(tuple(ids), new_tokens, i) for i, ids in enumerate(prompts)], Sampling(1.0))
+    in_order(engine.generate([Request(tuple(ids), new_tokens, i) for i, ids in enumerate(prompts)], Sampling(1.0)))
     return engine
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_hf_model
 
-from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.engine import Request, Sampling, in_order
 from npd_ascend.rollout.hf_engine import HfEngine, pick_tokens
 
 EOS = 2
@@ -49,18 +49,27 @@ def _greedy_by_hand(model, prompt, limit):
 def test_greedy_equals_a_plain_loop_without_cache_or_batch(loaded):
     model, engine = loaded
     requests = [Request(prompt, limit, 0) for prompt, limit in zip(PROMPTS, (12, 5, 12, 1), strict=True)]
-    for request, done in zip(requests, engine.generate(requests, Sampling(0.0)), strict=True):
+    for request, done in zip(requests, in_order(engine.generate(requests, Sampling(0.0))), strict=True):
         tokens, logprobs = _greedy_by_hand(model, request.token_ids, request.max_new_tokens)
         assert list(done.token_ids) == tokens
         assert np.abs(done.logprobs - logprobs).max() < 1e-5
         assert done.finish_reason == ("stop" if tokens[-1] == EOS else "length")
 
 
+def test_answers_come_as_they_end(loaded):
+    _, engine = loaded
+    requests = [Request(prompt, limit, 0) for prompt, limit in zip(PROMPTS, (12, 5, 8, 1), strict=True)]
+    finished = [(index, len(done.token_ids)) for index, done in engine.generate(requests, Sampling(0.0))]
+    lengths = [length for _, length in finished]
+    assert lengths == sorted(lengths)
+    assert finished[0] == (3, 1)
+
+
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(loaded):
     _, engine = loaded
     requests = [Request(prompt, 16, seed) for seed, prompt in enumerate(PROMPTS * 3)]
-    together = engine.generate(requests, Sampling(1.0))
-    alone = [engine.generate([request], Sampling(1.0))[0] for request in requests]
+    together = in_order(engine.generate(requests, Sampling(1.0)))
+    alone = [in_order(engine.generate([request], Sampling(1.0)))[0] for request in requests]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert len({c.token_ids for c in together[::4]}) > 1  # same prompt, other seeds
 
@@ -68,14 +77,14 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(loaded):
 def test_ids_that_stand_for_no_token_are_never_sampled(loaded):
     _, engine = loaded
     engine._vocab_size = 20
-    done = engine.generate([Request(PROMPTS[0], 16, seed) for seed in range(8)], Sampling(1.0))
+    done = in_order(engine.generate([Request(PROMPTS[0], 16, seed) for seed in range(8)], Sampling(1.0)))
     assert max(token for completion in done for token in completion.token_ids) < 20
 
 
 def test_logprobs_are_raw_whatever_the_sampling_rule(loaded):
     """At temperature 1 over the full vocabulary: what IFD and drift need."""
     model, engine = loaded
-    (done,) = engine.generate([Request(PROMPTS[0], 8, 3)], Sampling(0.5, 0.7))
+    (done,) = in_order(engine.generate([Request(PROMPTS[0], 8, 3)], Sampling(0.5, 0.7)))
     ids = torch.tensor([[*PROMPTS[0], *done.token_ids]])
     logprobs = model(ids).logits[0].log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
     wanted = logprobs.gather(1, ids[0, len(PROMPTS[0]) :, None])[:, 0]

@@ -12,7 +12,7 @@ from npd_ascend.device import DTYPES
 from npd_ascend.model.decoder import Decoder
 from npd_ascend.model.hf_weights import hf_views
 from npd_ascend.model.load import save_decoder
-from npd_ascend.rollout.engine import Completion, Request, Sampling
+from npd_ascend.rollout.engine import Completion, Request, Sampling, in_order
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.tokenizer import ChatTokenizer
 
@@ -47,7 +47,7 @@ class SharedHf(HfEngine):
         pass
 
     def generate(self, requests: list[Request]) -> list[Completion]:
-        return super().generate(requests, Sampling(1.0))
+        return in_order(super().generate(requests, Sampling(1.0)))
 
     def versions(self) -> dict:
         return {}
@@ -132,7 +132,7 @@ def _serve(job: dict, pipe) -> None:
             seconds += time.process_time() - started
             pipe.send(None)
         elif what == "generate":
-            completions = engine.generate(*arguments, Sampling(1.0)) if arguments[0] else []
+            completions = in_order(engine.generate(*arguments, Sampling(1.0))) if arguments[0] else []
             seconds += time.process_time() - started
             pipe.send(completions)
         elif what == "version":

@@ -21,7 +21,7 @@ from npd_ascend.model.families import read_config
 from npd_ascend.model.load import load_decoder
 from npd_ascend.packing import PackLayout, lay_out, pack_samples
 from npd_ascend.prompts import read_prompts
-from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.engine import Request, Sampling, in_order
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_kernels.dense_divergence import dense_divergence
@@ -52,7 +52,7 @@ def prepare(job: dict) -> dict:
         engine.load_weights(Path(folder))
         asked = enumerate(heldout[i::2], 10**6)
         requests = [Request(p.token_ids, job["max_new_tokens"], request_seed(job, j)) for j, p in asked]
-        answers = engine.generate(requests, Sampling(1.0))
+        answers = in_order(engine.generate(requests, Sampling(1.0)))
         answered += [(r.token_ids + a.token_ids, len(r.token_ids)) for r, a in zip(requests, answers, strict=True)]
     Path(job["heldout"]).write_text(json.dumps(answered))
     return {"prompt_tokens": max(len(row["token_ids"]) for row in rows)}

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from npd_ascend.device import DTYPES
-from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.engine import Request, Sampling, in_order
 from npd_ascend.rollout.vllm_engine import VllmEngine
 
 
@@ -31,7 +31,7 @@ def main(dtype: str) -> None:
         LlamaForCausalLM(shape).float().save_pretrained(folder)
         engine = VllmEngine(dtype=DTYPES[dtype], eos_id=2, vocab_size=64, max_model_len=128, kv_cache_gib=0.1)
         engine.load_weights(Path(folder))
-        (answer,) = engine.generate([Request((1, 5, 7), 4, 0)], Sampling(1.0))
+        (answer,) = in_order(engine.generate([Request((1, 5, 7), 4, 0)], Sampling(1.0)))
     if not answer.token_ids:
         raise RuntimeError("vLLM gave no token")
     print(f"vllm-{_version()}")

@@ -11,7 +11,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from npd_ascend.errors import UserError
 from npd_ascend.evaluate.answers import AnswerFile
 from npd_ascend.progress import progress
-from npd_ascend.rollout.engine import Engine, Request, Sampling
+from npd_ascend.rollout.engine import Engine, Request, Sampling, in_order
 from npd_ascend.tokenizer import ChatTokenizer
 
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's, where neither the task nor the user says
@@ -78,7 +78,7 @@ class EngineLM(TemplateLM):
             samplings = {Sampling(float(wishes[i]["temperature"]), float(wishes[i].get("top_p", 1.0))) for i in batch}
             if len(samplings) > 1:
                 raise ValueError(f"{self._place}: a benchmark samples in one way, not in {samplings}")
-            completions = self._engine.generate(
+            finished = self._engine.generate(
                 [Request(prompts[i][1], wishes[i]["max_gen_toks"], self._seed_of(prompts[i][0])) for i in batch],
                 samplings.pop(),
             )
@@ -88,7 +88,7 @@ class EngineLM(TemplateLM):
                     handle_stop_sequences(wishes[i].get("until"), eos=None),
                     None,
                 )
-                for i, completion in zip(batch, completions, strict=True)
+                for i, completion in zip(batch, in_order(finished), strict=True)
             ]
 
         lengths = [len(ids) for _, ids in prompts]

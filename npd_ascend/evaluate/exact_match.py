@@ -14,7 +14,7 @@ from npd_ascend.model.load import save_decoder
 from npd_ascend.progress import progress
 from npd_ascend.prompts import read_heldout
 from npd_ascend.records import Prompt
-from npd_ascend.rollout.engine import Engine, Request, Sampling
+from npd_ascend.rollout.engine import Engine, Request, Sampling, in_order
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.runfolder import RunFolder
@@ -74,7 +74,7 @@ def _count_right(config: Config, engine: Engine, tokenizer: ChatTokenizer, promp
     with progress(f"eval {name}", len(prompts), "prompts") as bar:
         for batch in (prompts[at : at + size] for at in range(0, len(prompts), size)):
             requests = [Request(p.token_ids, config.evaluate.max_new_tokens, 0) for p in batch]
-            completions = engine.generate(requests, Sampling(temperature=0))
+            completions = in_order(engine.generate(requests, Sampling(temperature=0)))
             answers = [tokenizer.decode_answer(completion.token_ids).strip() for completion in completions]
             right += sum(answer == prompt.answer.strip() for answer, prompt in zip(answers, batch, strict=True))
             bar.update(len(batch))

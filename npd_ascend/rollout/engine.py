@@ -3,7 +3,7 @@
 The shape is vLLM's: a batch of requests with their own seeds and limits, one sampling rule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,5 +41,10 @@ class Engine(Protocol):
         Call after load_weights and before generate, so that it sees whatever caches the load has left.
         """
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in order."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        """(index of the request, its completion) as they end. Take all of them before anything else is asked."""
+
+
+def in_order(finished: Iterable[tuple[int, Completion]]) -> list[Completion]:
+    """All that generate gives, one per request, in their order."""
+    return [completion for _, completion in sorted(finished, key=lambda pair: pair[0])]

@@ -4,7 +4,7 @@ Dimensions: B requests still running, P padded prompt, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class HfEngine:
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """Rows that end leave the batch, so a few long answers do not carry the short ones along."""
         from transformers import DynamicCache
 
@@ -53,7 +53,7 @@ class HfEngine:
         uniforms = [np.random.Generator(np.random.PCG64(r.seed)).random(r.max_new_tokens) for r in requests]
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
-        finish = [""] * len(requests)
+        ended = [False] * len(requests)
 
         ids_BP, mask_BP = self._left_padded([request.token_ids for request in requests])
         positions_BP = (mask_BP.cumsum(-1) - 1).clamp(min=0)
@@ -73,14 +73,16 @@ class HfEngine:
             )
             picked_B = logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
             for row, token, logprob in zip(rows, tokens_B.tolist(), picked_B.tolist(), strict=True):
-                if finish[row]:
+                if ended[row]:
                     continue
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
                 if token == self._eos_id or step + 1 == limits[row]:
-                    finish[row] = "stop" if token == self._eos_id else "length"
+                    ended[row] = True
+                    reason = "stop" if token == self._eos_id else "length"
+                    yield int(row), Completion(tuple(tokens[row]), np.array(logprobs[row], np.float32), reason)
 
-            running = torch.tensor([i for i, row in enumerate(rows) if not finish[row]], device=self._device)
+            running = torch.tensor([i for i, row in enumerate(rows) if not ended[row]], device=self._device)
             if len(running) == 0:
                 break
             ids_BP, positions_BP = tokens_B[:, None], positions_BP[:, -1:] + 1
@@ -89,9 +91,6 @@ class HfEngine:
                 cache.batch_select_indices(running)
                 ids_BP, mask_BP, positions_BP = ids_BP[running], mask_BP[running], positions_BP[running]
                 rows = rows[running.cpu().numpy()]
-        return [
-            Completion(tuple(t), np.array(p, np.float32), f) for t, p, f in zip(tokens, logprobs, finish, strict=True)
-        ]
 
     @torch.inference_mode()
     def next_logprobs(self, contexts: Sequence[tuple[int, ...]], ids: Sequence[int]) -> np.ndarray:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.model.decoder import PLAIN, Decoder
 from npd_ascend.model.families import DecoderConfig, read_config
 from npd_ascend.model.hf_weights import hf_shapes
-from npd_ascend.rollout.engine import Completion, Request, Sampling
+from npd_ascend.rollout.engine import Completion, Request, Sampling, in_order
 from npd_ascend.rollout.vllm_versions import (
     complete,
     finish_from_device,
@@ -165,9 +165,9 @@ class VllmEngine:
         self._needs_whole()
         requests = [Request(context, 1, 0) for context in contexts]
         done = complete(self._llm, requests, Sampling(1.0), eos_id=self._eos_id, allowed_ids=[[i] for i in ids])
-        return np.concatenate([completion.logprobs for completion in done])
+        return np.concatenate([completion.logprobs for completion in in_order(done)])
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """Every call begins with an empty prefix cache, so a shard does not depend on the shards before it."""
         self._needs_whole()
         for request in requests:

@@ -6,7 +6,7 @@ a CPU (docs/ascend.md). Where the two differ, it stands here.
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -250,8 +250,11 @@ def reset_prefix_cache(llm: Any) -> None:
 
 def complete(
     llm: Any, requests: Sequence[Request], sampling: Sampling, *, eos_id: int, allowed_ids: Sequence[list[int] | None]
-) -> list[Completion]:
-    """One completion per request, in order. allowed_ids: what each may sample; None: the model's whole vocabulary."""
+) -> Iterator[tuple[int, Completion]]:
+    """(index of the request, its completion) as they end, as vLLM's own LLM.generate makes them.
+
+    allowed_ids: what each may sample; None: the model's whole vocabulary.
+    """
     from vllm import SamplingParams
 
     parameters = [
@@ -269,17 +272,27 @@ def complete(
         for request, allowed in zip(requests, allowed_ids, strict=True)
     ]
     prompts = [{"prompt_token_ids": list(request.token_ids)} for request in requests]
-    outputs = [result.outputs[0] for result in llm.generate(prompts, parameters, use_tqdm=False)]
-    return [
-        Completion(
-            token_ids=tuple(output.token_ids),
-            logprobs=np.array(
-                [at[id_].logprob for id_, at in zip(output.token_ids, output.logprobs, strict=True)], np.float32
-            ),
-            finish_reason=output.finish_reason,
-        )
-        for output in outputs
-    ]
+    # vLLM makes a name unique by what follows its "-", and gives the output the name without it
+    names = llm.enqueue(prompts, parameters, use_tqdm=False)
+    running = {name.partition("-")[0]: (index, name) for index, name in enumerate(names)}
+    try:
+        while llm.llm_engine.has_unfinished_requests():
+            for result in llm.llm_engine.step():
+                if result.finished:
+                    yield running.pop(result.request_id)[0], _completion(result.outputs[0])
+    except GeneratorExit:  # whoever asked wants no more; what runs on would stand in the way of the next call
+        llm.llm_engine.abort_request([name for _, name in running.values()], internal=True)
+        raise
+
+
+def _completion(output: Any) -> Completion:
+    return Completion(
+        token_ids=tuple(output.token_ids),
+        logprobs=np.array(
+            [at[id_].logprob for id_, at in zip(output.token_ids, output.logprobs, strict=True)], np.float32
+        ),
+        finish_reason=output.finish_reason,
+    )
 
 
 def _pack_head(model: Any) -> None:

@@ -17,7 +17,7 @@ from npd_ascend.pacing import Pacing, left_of, open_grpo_pacing, open_pacing, sh
 from npd_ascend.progress import progress
 from npd_ascend.prompts import Wanted, wanted_shards
 from npd_ascend.records import Rollout, sample_id
-from npd_ascend.rollout.engine import Engine, Request, Sampling
+from npd_ascend.rollout.engine import Engine, Request, Sampling, in_order
 from npd_ascend.rollout.hf_engine import HfEngine
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.runfolder import RunFolder, worker_name
@@ -244,7 +244,7 @@ def generate(engine: Engine, wanted: Sequence[Wanted], run: RunFolder, version: 
         Request(prompt.token_ids, rollout.max_new_tokens, seed_of(run.config.run.seed, name))
         for (prompt, _), name in zip(wanted, ids, strict=True)
     ]
-    completions = engine.generate(requests, Sampling(rollout.temperature, rollout.top_p))
+    completions = in_order(engine.generate(requests, Sampling(rollout.temperature, rollout.top_p)))
     return [
         Rollout(
             sample_id=name,

@@ -106,7 +106,7 @@ class Says:
     def generate(self, requests, sampling):
         numbers = [re.findall(r"case (\d+)", self._chat.decode_answer(request.token_ids))[-1] for request in requests]
         answers = [self._chat.encode_answer(self._texts[int(number)]) for number in numbers]
-        return [Completion(ids, np.zeros(len(ids), np.float32), "stop") for ids in answers]
+        return enumerate(Completion(ids, np.zeros(len(ids), np.float32), "stop") for ids in answers)
 
 
 def ask(folder: Path, name: str, rows: list[dict], said: list[str]) -> list[dict]:

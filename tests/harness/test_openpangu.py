@@ -33,7 +33,7 @@ class Thinks:
     def generate(self, requests, sampling):
         self.asked += [request.token_ids for request in requests]
         said = self._chat.encode_answer("[unused16]It may be 3.[unused17]I do not know.")
-        return [Completion(said, np.zeros(len(said), np.float32), "stop") for _ in requests]
+        return enumerate(Completion(said, np.zeros(len(said), np.float32), "stop") for _ in requests)
 
 
 def test_suffix_system_turn_and_thought(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from test_vllm_engine import LONG, close, make_engine, make_folder
 
 from npd_ascend.errors import UserError
 from npd_ascend.rollout import vllm_versions
-from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.engine import Request, Sampling, in_order
 from npd_ascend.weights.canary import compare, read_probes
 from npd_ascend.weights.control import TransferError
 from npd_ascend.weights.receiver import WeightReceiver
@@ -61,7 +61,7 @@ class Run:
         return compare(probes, found, NATS, folder)
 
     def answers(self):
-        return self.engine.generate([Request(prompt, LIMIT, 0) for prompt in PROMPTS], Sampling(0.0))
+        return in_order(self.engine.generate([Request(prompt, LIMIT, 0) for prompt in PROMPTS], Sampling(0.0)))
 
     def check_greedy(self):
         wanted = self.trainer.ask("greedy", PROMPTS, LIMIT, EOS_ID)

@@ -16,7 +16,7 @@ from conftest import make_hf_model
 from npd_ascend.errors import UserError
 from npd_ascend.model.load import load_decoder
 from npd_ascend.rollout import vllm_engine
-from npd_ascend.rollout.engine import Request, Sampling
+from npd_ascend.rollout.engine import Request, Sampling, in_order
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.weights.canary import Probe, compare
 from npd_ascend.weights.export import export
@@ -104,7 +104,7 @@ def loaded(request, tmp_path_factory):
 
 def check_greedy(model, engine, eos_id):
     requests = [Request(prompt, limit, 0) for prompt, limit in zip(PROMPTS, LIMITS, strict=True)]
-    done = engine.generate(requests, Sampling(0.0))
+    done = in_order(engine.generate(requests, Sampling(0.0)))
     for request, completion in zip(requests, done, strict=True):
         tokens, logprobs = greedy(model, request.token_ids, request.max_new_tokens, eos_id)
         assert completion.token_ids == tokens
@@ -130,18 +130,28 @@ def test_no_batch_is_begun_before_the_last_has_its_tokens(loaded):
 def test_an_end_at_the_limit_is_an_end(loaded):
     model, _, engine, eos_id = loaded
     tokens, _ = greedy(model, PROMPTS[0], 6, eos_id)
-    (done,) = engine.generate([Request(PROMPTS[0], len(tokens), 0)], Sampling(0.0))
+    (done,) = in_order(engine.generate([Request(PROMPTS[0], len(tokens), 0)], Sampling(0.0)))
     assert (done.token_ids, done.finish_reason) == (tokens, "stop")
     if len(tokens) > 1:
-        (done,) = engine.generate([Request(PROMPTS[0], len(tokens) - 1, 0)], Sampling(0.0))
+        (done,) = in_order(engine.generate([Request(PROMPTS[0], len(tokens) - 1, 0)], Sampling(0.0)))
         assert (done.token_ids, done.finish_reason) == (tokens[:-1], "length")
+
+
+def test_answers_come_as_they_end_and_of_a_call_that_is_given_up_nothing_stays(loaded):
+    model, _, engine, eos_id = loaded
+    requests = [Request(prompt, limit, 0) for prompt, limit in zip(PROMPTS, LIMITS, strict=True)]
+    finished = engine.generate(requests, Sampling(0.0))
+    index, first = next(finished)
+    assert (index, len(first.token_ids)) == (3, 1)
+    finished.close()
+    check_greedy(model, engine, eos_id)
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(loaded):
     _, _, engine, _ = loaded
     requests = [Request(prompt, 16, 2**62 + seed) for seed, prompt in enumerate(PROMPTS * 3)]
-    together = engine.generate(requests, Sampling(1.0))
-    alone = [engine.generate([request], Sampling(1.0))[0] for request in requests]
+    together = in_order(engine.generate(requests, Sampling(1.0)))
+    alone = [in_order(engine.generate([request], Sampling(1.0)))[0] for request in requests]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     for one, other in zip(together, alone, strict=True):
         assert np.abs(one.logprobs - other.logprobs).max() < 1e-4
@@ -152,7 +162,7 @@ def test_a_call_does_not_depend_on_the_calls_before_it(loaded):
     """To the bit: a shard that is made again after a kill is the same."""
     _, _, engine, _ = loaded
     requests = [Request(LONG[:size], 8, size) for size in (300, 200, 140)]
-    first, second = (engine.generate(requests, Sampling(1.0)) for _ in range(2))
+    first, second = (in_order(engine.generate(requests, Sampling(1.0))) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one.token_ids == other.token_ids
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
@@ -161,7 +171,7 @@ def test_a_call_does_not_depend_on_the_calls_before_it(loaded):
 def test_logprobs_are_raw_whatever_the_sampling_rule(loaded):
     model, _, engine, _ = loaded
     requests = [Request(prompt, 16, seed) for seed, prompt in enumerate(PROMPTS * 2)]
-    for request, done in zip(requests, engine.generate(requests, Sampling(0.7, 0.9)), strict=True):
+    for request, done in zip(requests, in_order(engine.generate(requests, Sampling(0.7, 0.9))), strict=True):
         wanted = logprobs_of(model, request.token_ids, done.token_ids)
         assert np.abs(done.logprobs - wanted).max() < 1e-4
 
@@ -171,7 +181,7 @@ def test_ids_that_stand_for_no_token_are_never_sampled(loaded):
     engine._vocab_size = 20
     requests = [Request(prompt, 16, seed) for seed, prompt in enumerate(PROMPTS * 4)]
     for sampling in (Sampling(0.0), Sampling(1.0)):
-        for request, done in zip(requests, engine.generate(requests, sampling), strict=True):
+        for request, done in zip(requests, in_order(engine.generate(requests, sampling)), strict=True):
             assert max(done.token_ids) < 20
             wanted = logprobs_of(model, request.token_ids, done.token_ids)  # the other ids keep their mass
             assert np.abs(done.logprobs - wanted).max() < 1e-4
@@ -181,7 +191,7 @@ def test_ids_that_stand_for_no_token_are_never_sampled(loaded):
 def test_tokens_are_drawn_from_the_distribution(loaded):
     """Of 4,000 draws of one token at temperature 0.7; five standard errors of the frequency."""
     model, _, engine, _ = loaded
-    draws = engine.generate([Request(PROMPTS[0], 1, seed) for seed in range(4000)], Sampling(0.7))
+    draws = in_order(engine.generate([Request(PROMPTS[0], 1, seed) for seed in range(4000)], Sampling(0.7)))
     found = np.bincount([done.token_ids[0] for done in draws], minlength=VOCAB) / 4000
     with torch.inference_mode():
         wanted = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.7).softmax(-1).numpy()
@@ -248,7 +258,7 @@ def test_another_network_does_not_take_its_place(loaded, tmp_path):
 def test_a_request_beyond_the_promised_length_is_no_shorter_answer(loaded):
     _, _, engine, _ = loaded
     with pytest.raises(ValueError, match="max_model_len=320"):
-        engine.generate([Request(LONG, 21, 0)], Sampling(1.0))
+        in_order(engine.generate([Request(LONG, 21, 0)], Sampling(1.0)))
 
 
 def test_bfloat16_runs_on_a_tiny_model(tmp_path):
@@ -256,7 +266,7 @@ def test_bfloat16_runs_on_a_tiny_model(tmp_path):
     model, folder = make_folder("llama", tmp_path / "a", 0)
     engine = make_engine(2, torch.bfloat16)
     engine.load_weights(folder)
-    (done,) = engine.generate([Request((5, 9, 11, 4), 8, 0)], Sampling(1.0))
+    (done,) = in_order(engine.generate([Request((5, 9, 11, 4), 8, 0)], Sampling(1.0)))
     close(engine)
     wanted = logprobs_of(model, (5, 9, 11, 4), done.token_ids)
     assert np.abs(done.logprobs - wanted).max() < 0.3
