@@ -10,6 +10,7 @@ run's kills, else those that start first would get most of them. After each run:
 
 - every wanted sample was generated once and decided on or rewarded once, every one that says something stands in one
   pack of one step;
+- of no shard is anything left that its worker had not committed;
 - no sample was trained on more than max_lag versions after the one that generated it;
 - a second trainer, given nothing but the stream and version 0, ends with the same bits.
 
@@ -33,6 +34,7 @@ from pathlib import Path
 
 from npd_ascend.config import GrpoConfig
 from npd_ascend.pacing import open_grpo_pacing, open_pacing
+from npd_ascend.rollout.journal import begun_shards
 from npd_ascend.runfolder import RunFolder, reopen_run
 from npd_ascend.tokenizer import ChatTokenizer
 from npd_ascend.trainer.policy_loss import group_advantages
@@ -195,7 +197,7 @@ def _lost_or_twice(run: RunFolder) -> list[str]:
     steps = [step["step"] for step in _steps(run)]
     if steps != list(range(pacing.steps)):
         faults.append(f"packs.jsonl: steps {steps} in the place of {pacing.steps}")
-    return faults
+    return faults + [f"{begun.path} is left" for begun in begun_shards(run.stream.folder)]
 
 
 def _say_something(decisions: list, grpo: GrpoConfig | None) -> list[bool]:

@@ -33,7 +33,7 @@ def commit_file(path: Path, writer: str = "") -> Iterator[Path]:
     writer: tells drafts apart where several processes may write the same file.
     """
     draft = path.with_name(f".{path.name}{writer}.draft")
-    with _disk_full_is_said(path):
+    with disk_full_is_said(path):
         try:
             make_folder(path.parent)
             yield draft
@@ -49,7 +49,7 @@ def commit_file(path: Path, writer: str = "") -> Iterator[Path]:
 def commit_folder(path: Path) -> Iterator[Path]:
     """Yield an empty draft folder; when the block ends it becomes `path` in one step, durably."""
     draft = path.with_name(f".{path.name}.draft")
-    with _disk_full_is_said(path):
+    with disk_full_is_said(path):
         try:
             shutil.rmtree(draft, ignore_errors=True)  # left by a killed process
             make_folder(draft)
@@ -69,7 +69,7 @@ def append_line(path: Path, line: str, *, durable: bool = True) -> None:
 
     durable: it is on the disk when this returns, else when the system writes it.
     """
-    with _disk_full_is_said(path), path.open("ab+") as file:
+    with disk_full_is_said(path), path.open("ab+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # ends with the file, and is known on network file systems too
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -137,7 +137,8 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_full_is_said(path: Path) -> Iterator[None]:
+def disk_full_is_said(path: Path) -> Iterator[None]:
+    """UserError for a disk that is full while `path` is written."""
     try:
         yield
     except (OSError, SafetensorError) as error:

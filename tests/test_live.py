@@ -167,6 +167,7 @@ def test_the_soak_sees_what_it_looks_for(soak, reference, tmp_path):
         manifest = folder / "stream" / "manifest.jsonl"
         lines = manifest.read_text().splitlines(keepends=True)
         manifest.write_text("".join(line for line in lines if '"shard": 3,' not in line or "rollouts" not in line))
+        (folder / "stream" / ".rollouts-v0-00003.partial").touch()
 
     def other_weights(folder):
         path = folder / "student" / "model.safetensors"
@@ -175,7 +176,9 @@ def test_the_soak_sees_what_it_looks_for(soak, reference, tmp_path):
         path.write_bytes(content)
 
     assert any("trained" in fault for fault in damaged("twice", twice))
-    assert any("generated" in fault for fault in damaged("lost", lost))
+    faults = damaged("lost", lost)
+    assert any("generated" in fault for fault in faults)
+    assert any("00003.partial is left" in fault for fault in faults)
     assert damaged("weights", other_weights) == ["trained again from the stream, the student has other bits"]
 
 

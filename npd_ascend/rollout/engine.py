@@ -32,6 +32,8 @@ class Completion:
 
 
 class Engine(Protocol):
+    separable: bool  # whether a part of a batch may be asked for alone; else its answers would have other bits
+
     def load_weights(self, folder: Path) -> None:
         """Take the weights of a Hugging Face folder, whatever was loaded before."""
 

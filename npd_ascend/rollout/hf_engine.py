@@ -18,6 +18,8 @@ class HfEngine:
     """vocab_size: of the tokenizer; ids that the model pads beyond it are never sampled, though they keep their mass in
     the log-probs."""
 
+    separable = False  # a prompt is padded to the longest of its batch, and `npd run` promises equal bits after a kill
+
     def __init__(self, *, dtype: torch.dtype, device: torch.device, eos_id: int, pad_id: int, vocab_size: int):
         self._dtype, self._device, self._eos_id, self._pad_id = dtype, device, eos_id, pad_id
         self._vocab_size = vocab_size

@@ -59,6 +59,8 @@ class VllmEngine:
     device_backend: vLLM's, for weights that come from device to device. section: of the settings, which errors name.
     """
 
+    separable = True  # who shares a step with whom depends on the memory that is free anyway
+
     def __init__(
         self,
         *,

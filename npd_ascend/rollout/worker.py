@@ -1,10 +1,12 @@
 """One rollout process: take the wanted samples of a weight version, generate, commit shard by shard."""
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -17,8 +19,9 @@ from npd_ascend.pacing import Pacing, left_of, open_grpo_pacing, open_pacing, sh
 from npd_ascend.progress import progress
 from npd_ascend.prompts import Wanted, wanted_shards
 from npd_ascend.records import Rollout, sample_id
-from npd_ascend.rollout.engine import Engine, Request, Sampling, in_order
+from npd_ascend.rollout.engine import Completion, Engine, Request, Sampling
 from npd_ascend.rollout.hf_engine import HfEngine
+from npd_ascend.rollout.journal import Journal, begun_shards, drop_committed, journal_path, read_journal
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.runfolder import RunFolder, worker_name
 from npd_ascend.tokenizer import ChatTokenizer
@@ -41,15 +44,16 @@ def run_rollouts(run: RunFolder, number: int, worker: int | None) -> bool:
     tokenizer = run.tokenizer()
     shards = wanted_shards(run.config, tokenizer, number)
     committed, version = run.stream.entries("rollouts", number), run.config.npd.generator_of(number)
+    drop_committed(run.stream.folder, committed, number)
     mine = share(range(len(shards)), worker, run.config.processes.rollout)
     missing, total, done = left_of(mine, committed, shards)
     if missing:
         with (
             open_maker(run, tokenizer, shards, "rollout", worker, label=f"rollout-v{number}") as maker,
-            progress(f"rollout v{number}", total, "samples", done) as bar,
+            progress(f"rollout v{number}", total, "samples", done) as maker.bar,
         ):
             for shard in missing:
-                bar.update(maker.make(shard, version, number))
+                maker.make(shard, version, number)
     return bool(missing)
 
 
@@ -69,28 +73,35 @@ def run_grpo_rollouts(run: RunFolder, worker: int | None) -> bool:
 
 
 def _make_live(run: RunFolder, worker: int | None, tokenizer: ChatTokenizer, pacing: Pacing, name: str) -> bool:
+    committed = run.stream.shards("rollouts")
+    drop_committed(run.stream.folder, committed)
     mine = share(pacing.order, worker, run.config.processes.rollout)
-    missing, total, done = left_of(mine, run.stream.shards("rollouts"), pacing.shards)
+    missing, total, done = left_of(mine, committed, pacing.shards)
     if not missing:
         return False
     with (
         open_maker(run, tokenizer, pacing.shards, name, worker) as maker,
-        progress(name, total, "samples", done) as bar,
+        progress(name, total, "samples", done) as maker.bar,
     ):
-        _load_newest(run, maker)  # before there is anything to wait for
+        _load_first(run, maker, missing[0])  # before there is anything to wait for
         for shard in missing:
+            if (begun := maker.begun(shard)) is not None:
+                maker.make(shard, begun, begun)
+                continue
             waited = maker.heartbeat.wait(
                 partial(_may_begin, run, pacing, shard), f"the trainer to reach shard {shard}"
             )
             version = 0 if shard in pacing.heldout else run.weights.newest()[0]
-            bar.update(maker.make(shard, version, version, waited))
+            maker.make(shard, version, version, waited)
     return True
 
 
-def _load_newest(run: RunFolder, maker: "Maker") -> None:
-    """Nothing waits for this worker yet, so the version may be replaced and dropped while it is read."""
+def _load_first(run: RunFolder, maker: "Maker", shard: int) -> None:
+    """The version that `shard` was begun with, else the newest. Nothing waits for this worker yet, so that one may be
+    replaced and dropped while it is read."""
     while True:
-        version = run.weights.newest()[0]
+        begun = maker.begun(shard)
+        version = run.weights.newest()[0] if begun is None else begun
         try:
             maker.load(version)
             return
@@ -113,6 +124,7 @@ class Maker:
         self._run, self._engine, self._shards = run, engine, shards
         self._version: int | None = None
         self._receiver: WeightReceiver | None = None
+        self.bar = progress(label, 0, "samples", shown=False)  # moved by every answer
         weights = run.config.rollout.weights
         if weights != "disk":
             self._receiver = WeightReceiver(
@@ -161,30 +173,111 @@ class Maker:
         self.heartbeat.beat()
         return time.perf_counter() - started
 
-    def make(self, shard: int, version: int, number: int, waited: float = 0.0) -> int:
-        """Generate one shard with weights `version` and commit it to set `number`; returns its samples.
+    def begun(self, shard: int) -> int | None:
+        """Weight version with which a worker that was killed began a shard of the schedule with npd.stream; its answers
+        are there, and make(shard, version, version) goes on with it. None: the shard starts anew.
+
+        Such a shard waits for nothing. Pacing.may_begin held for that version when it was begun, and that counts which
+        versions can still come before the shard's step; how long the shard takes, and who ends it, is not in it. For
+        the same reason the trainer, which keeps the last max_lag versions, has not dropped that one.
+        """
+        usable = None
+        for begun in begun_shards(self._run.stream.folder) if self._engine.separable else ():
+            if begun.shard != shard:
+                continue
+            version = begun.number
+            asked, answers, _ = read_journal(begun.path)
+            if version in (0, *self._run.weights.versions()) and asked == self._asked(shard, version):
+                usable = version
+            else:
+                why = f"weight version {version}, with which they were made, is gone or another"
+                _log.warning("%s: its %d answers are lost, since %s", begun.path, len(answers), why)
+                begun.path.unlink()
+        return usable
+
+    def make(self, shard: int, version: int, number: int, waited: float = 0.0) -> None:
+        """Generate what is missing of one shard with weights `version` and commit it to set `number`.
 
         waited: seconds that it had to, for the log.
         """
         loading = self.load(version)
         started = time.perf_counter()
-        rollouts = generate(self._engine, self._shards[shard], self._run, version)
-        self._run.stream.commit("rollouts", number, shard, rollouts)
+        path = journal_path(self._run.stream.folder, number, shard)
+        journal = Journal(path, self._asked(shard, version)) if self._engine.separable else None
+        with journal or nullcontext():
+            completions = self._complete(self._requests(shard, version), journal)
+            rollouts = self._rollouts(shard, version, completions)
+            self._run.stream.commit("rollouts", number, shard, rollouts)
+            kept = journal.kept if journal else {}
+            if journal:
+                journal.delete()
         seconds, tokens = time.perf_counter() - started, sum(r.answer_len for r in rollouts)
+        generated = tokens - sum(len(completion.token_ids) for completion in kept.values())
         self.metrics.log(
             shard,
             **self._entropy(rollouts),
             rollout__samples=len(rollouts),
+            rollout__resumed=len(kept),
             rollout__tokens=tokens,
             rollout__answer_tokens=tokens / len(rollouts),
-            rollout__tokens_per_s=tokens / seconds,
+            rollout__tokens_per_s=generated / seconds,
             rollout__version=version,
             rollout__busy_s=seconds,
             rollout__load_s=loading,
             rollout__wait_s=waited,
         )
         self.heartbeat.beat()
-        return len(rollouts)
+
+    def _names(self, shard: int, version: int) -> list[str]:
+        return [sample_id(prompt.prompt_id, index, version) for prompt, index in self._shards[shard]]
+
+    def _requests(self, shard: int, version: int) -> list[Request]:
+        config, names = self._run.config, self._names(shard, version)
+        return [
+            Request(prompt.token_ids, config.rollout.max_new_tokens, seed_of(config.run.seed, name))
+            for (prompt, _), name in zip(self._shards[shard], names, strict=True)
+        ]
+
+    def _asked(self, shard: int, version: int) -> str:
+        """One line that is another one if anything is that the answers depend on."""
+        rollout, stamp = self._run.config.rollout, self._run.weights.path(version) / "version.json"
+        how = [rollout.engine, rollout.dtype, rollout.temperature, rollout.top_p]
+        weights = (
+            stamp.read_text() if stamp.exists() else ""
+        )  # with their checksum; of the student as given there is none
+        what = [how, weights, self._names(shard, version), [asdict(r) for r in self._requests(shard, version)]]
+        return json.dumps({"version": version, "sha256": hashlib.sha256(json.dumps(what).encode()).hexdigest()})
+
+    def _complete(self, requests: Sequence[Request], journal: Journal | None) -> list[Completion]:
+        """Answers in the order of their requests: those of the journal, and the others, which are added to it."""
+        done = dict(journal.kept) if journal else {}
+        missing = [index for index in range(len(requests)) if index not in done]
+        self.bar.update(len(done))
+        sampling = Sampling(self._run.config.rollout.temperature, self._run.config.rollout.top_p)
+        for at, completion in self._engine.generate([requests[index] for index in missing], sampling):
+            done[missing[at]] = completion
+            if journal:
+                journal.add(missing[at], completion)
+            self.heartbeat.beat()
+            self.bar.update()
+        return [done[index] for index in range(len(requests))]
+
+    def _rollouts(self, shard: int, version: int, completions: Sequence[Completion]) -> list[Rollout]:
+        return [
+            Rollout(
+                sample_id=name,
+                prompt_id=prompt.prompt_id,
+                weight_version=version,
+                heldout=prompt.heldout,
+                token_ids=prompt.token_ids + done.token_ids,
+                prompt_len=len(prompt.token_ids),
+                logprobs=done.logprobs,
+                finish_reason=done.finish_reason,
+            )
+            for name, (prompt, _), done in zip(
+                self._names(shard, version), self._shards[shard], completions, strict=True
+            )
+        ]
 
     def _entropy(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Only where what was sampled is the distribution whose log-probs are recorded."""
@@ -234,30 +327,6 @@ def open_engine(config: Config, tokenizer: ChatTokenizer, longest_prompt: int) -
         pad_id=tokenizer.pad_id,
         vocab_size=tokenizer.vocab_size,
     )
-
-
-def generate(engine: Engine, wanted: Sequence[Wanted], run: RunFolder, version: int) -> list[Rollout]:
-    """Answers of one shard as records."""
-    rollout = run.config.rollout
-    ids = [sample_id(prompt.prompt_id, index, version) for prompt, index in wanted]
-    requests = [
-        Request(prompt.token_ids, rollout.max_new_tokens, seed_of(run.config.run.seed, name))
-        for (prompt, _), name in zip(wanted, ids, strict=True)
-    ]
-    completions = in_order(engine.generate(requests, Sampling(rollout.temperature, rollout.top_p)))
-    return [
-        Rollout(
-            sample_id=name,
-            prompt_id=prompt.prompt_id,
-            weight_version=version,
-            heldout=prompt.heldout,
-            token_ids=prompt.token_ids + done.token_ids,
-            prompt_len=len(prompt.token_ids),
-            logprobs=done.logprobs,
-            finish_reason=done.finish_reason,
-        )
-        for name, (prompt, _), done in zip(ids, wanted, completions, strict=True)
-    ]
 
 
 def seed_of(run_seed: int, name: str) -> int:

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import CONFIGS
@@ -16,6 +17,7 @@ from npd_ascend.errors import UserError
 from npd_ascend.evaluate.exact_match import exact_match
 from npd_ascend.parallel.mesh import ALONE
 from npd_ascend.prompts import read_heldout, wanted_shards
+from npd_ascend.rollout.engine import Completion
 from npd_ascend.runfolder import open_run
 from npd_ascend.stream import Stream
 from npd_ascend.tokenizer import ChatTokenizer
@@ -97,7 +99,7 @@ def test_a_shard_made_again_by_another_process_has_the_same_bits(folders, tmp_pa
     assert json.loads(manifest.read_text().splitlines()[1]) == json.loads(lines[1])  # its checksum too
 
 
-def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_path, monkeypatch):
+def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_path, monkeypatch, caplog):
     """Questions longer than a block of keys, so that there is something in the cache to outlive them."""
     from npd_ascend.rollout import vllm_engine
     from npd_ascend.rollout.worker import open_maker
@@ -134,5 +136,32 @@ def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_p
         assert len(run.stream.shards("rollouts")) == 1
     with open_maker(run, tokenizer, shards, "rollout", None) as maker:
         maker.make(0, 0, 0)
+        check_what_a_killed_worker_has_begun(run, maker, tmp_path, caplog)
         maker.make(1, 1, 1)
     assert len(run.stream.shards("rollouts")) == 2
+
+
+def check_what_a_killed_worker_has_begun(run, maker, elsewhere, caplog):
+    """Shard 1 with version 1, which is the newest; nobody goes on with answers of weights that are not there."""
+    from npd_ascend.rollout.journal import Journal, journal_path
+
+    def begin() -> Path:
+        path = journal_path(run.stream.folder, 1, 1)
+        with Journal(path, maker._asked(1, 1)) as journal:
+            journal.add(2, Completion((3, 2), np.zeros(2, np.float32), "stop"))
+        return path
+
+    weights, stamp = run.weights.path(1), run.weights.path(1) / "version.json"
+    was = stamp.read_text()
+    begin()
+    assert (maker.begun(0), maker.begun(1)) == (None, 1)
+    stamp.write_text(was.replace('"sha256": "', '"sha256": "0'))  # trained once more, they came out otherwise
+    assert maker.begun(1) is None
+    stamp.write_text(was)
+    assert maker.begun(1) is None  # it was deleted
+    path = begin()
+    weights.rename(elsewhere / "v1")
+    assert maker.begun(1) is None
+    assert not path.exists()
+    (elsewhere / "v1").rename(weights)
+    assert caplog.text.count("its 1 answers are lost, since weight version 1, with which they were made") == 2

@@ -1,15 +1,21 @@
 """GRPO whose groups are answered by vLLM: new weights at every step, and the ratio of the trainer to the generator."""
 
+import json
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from conftest import CONFIGS
 
 from npd_ascend.metrics import read_metrics
+from npd_ascend.rollout.journal import journal_path, read_journal
+from npd_ascend.stream import Stream
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed; launch/test.sh runs this in an environment of its own", allow_module_level=True)
@@ -72,3 +78,42 @@ def test_weights_come_from_memory_and_end_where_those_from_disk_do(folders):
     assert not (folders["memory"] / "grpo" / "weights" / "sender.json").exists()
     one, other = ((folder / "student" / "model.safetensors").read_bytes() for folder in folders.values())
     assert one == other
+
+
+def test_the_answers_of_a_worker_that_is_killed_in_a_shard_are_kept(folders, tmp_path):
+    """SIGKILL; and the next one goes on with the version that the shard was begun with, though there is a newer one."""
+    run = Path(shutil.copytree(folders["disk"], tmp_path / "run"))
+    weights, stream = run / "grpo" / "weights", Stream(run / "grpo" / "stream")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["rollout"]["kv_cache_gib"] = 0.0005  # for one answer at a time, so that there is a middle
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    made = stream.read("rollouts", 1)
+    lines = stream.manifest.read_text().splitlines(keepends=True)
+    stream.manifest.write_text(
+        "".join(x for x in lines if (e := json.loads(x))["kind"] != "rollouts" or e["shard"] != 1)
+    )
+
+    command = [sys.executable, "-m", "npd_ascend", "grpo-rollout", "--run", str(run)]
+    journal = journal_path(stream.folder, 1, 1)
+    (weights / "v2").rename(tmp_path / "v2")
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        while process.poll() is None and len(read_journal(journal)[1]) < 5:
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -9, (tmp_path / "said").read_text()
+    (tmp_path / "v2").rename(weights / "v2")
+    kept = read_journal(journal)[1]
+    assert 5 <= len(kept) < len(made) == 64
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not journal.exists()
+    again = stream.read("rollouts", 1)
+    assert [(r.sample_id, r.token_ids) for r in again] == [(r.sample_id, r.token_ids) for r in made]
+    for index, answer in kept.items():
+        assert again[index].logprobs.tobytes() == answer.logprobs.tobytes()
+    for one, other in zip(again, made, strict=True):
+        assert np.abs(one.logprobs - other.logprobs).max() < 1e-4
+    (row,) = [r for r in read_metrics(run) if r["step"] == 1 and "rollout/resumed" in r]
+    assert (row["rollout/resumed"], row["rollout/version"], row["rollout/samples"]) == (len(kept), 1, 64)
