@@ -62,7 +62,7 @@ def test_every_variable_and_argument_of_the_npu_path_has_its_source():
 
 # where theirs are imported, and how they are called here: torch_npu itself, vLLM's LLM and a worker of it
 _PACKAGES, _ROOTS = {"torch_npu", "vllm", "vllm_ascend"}, {"torch_npu", "llm", "worker"}
-# theirs, behind what is called here; a position of LLM.generate
+# theirs, behind what is called here; a position of LLM.enqueue
 _BEHIND = {"_fused_adamw_", "random_sample", "sampling_params"}
 
 
