@@ -185,14 +185,13 @@ class Maker:
         for begun in begun_shards(self._run.stream.folder) if self._engine.separable else ():
             if begun.shard != shard:
                 continue
-            version = begun.number
             asked, answers, _ = read_journal(begun.path)
-            if version in (0, *self._run.weights.versions()) and asked == self._asked(shard, version):
-                usable = version
-            else:
-                why = f"weight version {version}, with which they were made, is gone or another"
-                _log.warning("%s: its %d answers are lost, since %s", begun.path, len(answers), why)
-                begun.path.unlink()
+            if asked == self._asked(shard, begun.number):
+                usable = begun.number
+                continue
+            why = f"weight version {begun.number}, with which they were made, is gone or another"
+            _log.warning("%s: its %d answers are lost, since %s", begun.path, len(answers), why)
+            begun.path.unlink()
         return usable
 
     def make(self, shard: int, version: int, number: int, waited: float = 0.0) -> None:
@@ -242,9 +241,8 @@ class Maker:
         """One line that is another one if anything is that the answers depend on."""
         rollout, stamp = self._run.config.rollout, self._run.weights.path(version) / "version.json"
         how = [rollout.engine, rollout.dtype, rollout.temperature, rollout.top_p]
-        weights = (
-            stamp.read_text() if stamp.exists() else ""
-        )  # with their checksum; of the student as given there is none
+        # with their checksum; nothing for the student as given, and for a version that is gone
+        weights = stamp.read_text() if stamp.exists() else ""
         what = [how, weights, self._names(shard, version), [asdict(r) for r in self._requests(shard, version)]]
         return json.dumps({"version": version, "sha256": hashlib.sha256(json.dumps(what).encode()).hexdigest()})
 
