@@ -12,7 +12,8 @@ TASKS = Path(__file__).parent / "tasks"  # definitions of our own, for what lm-e
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """task, metric and filter: as lm-eval 0.4.13 names them; metric is a mean over questions, in 0..1.
+    """task, metric and filter: as lm-eval 0.4.13 names them; metric is a mean over questions, in 0..1. folder: where it
+    is defined, among lm-eval's tasks or our own.
 
     split: which one is asked, for data in a single file. fields: what every row must have. grouped: the
     task is a group of many, one per subject, and its data are a folder. own_shots: the examples stand in the task, so
@@ -22,6 +23,7 @@ class Benchmark:
 
     title: str
     task: str
+    folder: Path | str
     metric: str
     filter: str
     named: str  # the metric as the model cards name it
@@ -95,17 +97,20 @@ _GPQA = {
 }
 
 
-def _choice(title: str, task: str, *, split: str, fields: tuple[str, ...], grouped: bool = True) -> Benchmark:
-    return Benchmark(title, task, "acc", "none", "Acc", split, fields, grouped)
+def _choice(
+    title: str, task: str, folder: Path | str, *, split: str, fields: tuple[str, ...], grouped: bool = True
+) -> Benchmark:
+    return Benchmark(title, task, folder, "acc", "none", "Acc", split, fields, grouped)
 
 
 # The cards and the paper name benchmark and metric; the task and its prompt are our choice (docs/eval.md).
 BENCHMARKS = {
-    "mmlu": _choice("MMLU", "mmlu", split="test", fields=("question", "choices", "answer")),
-    "cmmlu": _choice("CMMLU", "cmmlu", split="test", fields=("Question", *"ABCD", "Answer")),
-    "ceval": _choice("C-Eval", "ceval-valid", split="val", fields=("question", *"ABCD", "answer")),
+    "mmlu": _choice("MMLU", "mmlu", "mmlu/default", split="test", fields=("question", "choices", "answer")),
+    "cmmlu": _choice("CMMLU", "cmmlu", "cmmlu", split="test", fields=("Question", *"ABCD", "Answer")),
+    "ceval": _choice("C-Eval", "ceval-valid", "ceval", split="val", fields=("question", *"ABCD", "answer")),
     "ifeval": Benchmark(
         "IF-Eval",
+        "ifeval",
         "ifeval",
         "prompt_level_strict_acc",
         "none",
@@ -113,13 +118,26 @@ BENCHMARKS = {
         "train",
         ("key", "prompt", "instruction_id_list", "kwargs"),
     ),
-    "cluewsc": _choice("CLUEWSC", "cluewsc", split="validation", fields=("text", "target", "label"), grouped=False),
-    "gsm8k": Benchmark("GSM8K", "gsm8k", "exact_match", "flexible-extract", "Acc", "test", ("question", "answer")),
+    "cluewsc": _choice(
+        "CLUEWSC", "cluewsc", TASKS, split="validation", fields=("text", "target", "label"), grouped=False
+    ),
+    "gsm8k": Benchmark(
+        "GSM8K", "gsm8k", "gsm8k", "exact_match", "flexible-extract", "Acc", "test", ("question", "answer")
+    ),
     "math500": Benchmark(
-        "MATH-500", "minerva_math500", "math_verify", "none", "Acc", "test", ("problem", "solution"), own_shots=True
+        "MATH-500",
+        "minerva_math500",
+        "minerva_math",
+        "math_verify",
+        "none",
+        "Acc",
+        "test",
+        ("problem", "solution"),
+        own_shots=True,
     ),
     "drop": Benchmark(
         "DROP",
+        "drop",
         "drop",
         "f1",
         "line",
@@ -131,6 +149,7 @@ BENCHMARKS = {
     "gpqa_diamond": Benchmark(
         "GPQA-Diamond",
         "gpqa_diamond_cot_zeroshot",
+        "gpqa/cot_zeroshot",
         "exact_match",
         "letter",
         "Pass@1",
@@ -141,6 +160,7 @@ BENCHMARKS = {
     "mbpp": Benchmark(
         "MBPP",
         "mbpp_instruct",
+        "mbpp",
         "pass_at_1",
         "program",
         "Pass@1",
@@ -153,6 +173,7 @@ BENCHMARKS = {
     "humaneval": Benchmark(
         "HumanEval",
         "humaneval_instruct",
+        "humaneval",
         "pass@1",
         "create_test",
         "Pass@1",

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from npd_ascend.errors import UserError
-from npd_ascend.evaluate.benchmarks import BENCHMARKS, TASKS, Benchmark
+from npd_ascend.evaluate.benchmarks import BENCHMARKS, Benchmark
 from npd_ascend.evaluate.settings import BenchmarkSettings, EvalSettings
 
 _WAY_OUT = "pip install -r requirements-eval.txt"
@@ -27,13 +28,15 @@ def require_lm_eval() -> str:
 
 
 class Harness:
-    """All tasks that this version of lm-eval knows, and our own. digests: of the benchmarks' data, by their name."""
+    """The benchmarks' tasks, lm-eval's and our own. digests: of the benchmarks' data, by their name."""
 
     def __init__(self, settings: EvalSettings, digests: Mapping[str, str]):
-        from lm_eval.tasks import TaskManager
+        from lm_eval import tasks
 
         self._settings, self._digests = settings, digests
-        self._manager = TaskManager(include_path=str(TASKS))
+        # by itself it reads all of its 14 000 definitions, which takes seconds
+        folders: list[Any] = [Path(tasks.__file__).parent / benchmark.folder for benchmark in BENCHMARKS.values()]
+        self._manager = tasks.TaskManager(include_path=folders, include_defaults=False)
 
     def rehearse(self, name: str, chosen: BenchmarkSettings, lm: Any) -> None:
         """All of `ask` with an lm that asks nobody. UserError, before hours of answers, for rows that do not fit the
