@@ -5,6 +5,7 @@ import os
 import random
 import warnings
 from collections.abc import Mapping
+from copy import copy
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ class Harness:
         # by itself it reads all of its 14 000 definitions, which takes seconds
         folders: list[Any] = [Path(tasks.__file__).parent / benchmark.folder for benchmark in BENCHMARKS.values()]
         self._manager = tasks.TaskManager(include_path=folders, include_defaults=False)
+        self._loaded: dict[str, Any] = {}  # tasks with their data, by benchmark
 
     def rehearse(self, name: str, chosen: BenchmarkSettings, lm: Any) -> None:
         """All of `ask` with an lm that asks nobody. UserError, before hours of answers, for rows that do not fit the
@@ -60,9 +62,14 @@ class Harness:
         UserError if the data cannot be had or lack fields.
         """
         from lm_eval import evaluate
+        from lm_eval.defaults import DEFAULT_RANDOM_SEED
 
         benchmark = BENCHMARKS[name]
-        loaded = self._load(name, chosen, benchmark)
+        random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval does before it loads: GPQA shuffles its choices then
+        if name not in self._loaded:  # a rehearsal and every sample ask the same
+            self._loaded[name] = self._load(name, chosen, benchmark)
+        # copies, since lm-eval leaves all prompts and answers in the tasks that it asks
+        loaded = self._loaded[name] | {"tasks": {key: copy(task) for key, task in self._loaded[name]["tasks"].items()}}
         for task in loaded["tasks"].values():
             _ask_as_chosen(task, chosen, benchmark)
         # not simple_evaluate, which asks git, pip and the hardware for a report that nobody reads here
@@ -91,9 +98,7 @@ class Harness:
     def _load(self, name: str, chosen: BenchmarkSettings, benchmark: Benchmark) -> Any:
         """lm-eval's tasks of the benchmark with their data, as its TaskManager gives them."""
         import datasets
-        from lm_eval.defaults import DEFAULT_RANDOM_SEED
 
-        random.seed(DEFAULT_RANDOM_SEED)  # as lm-eval does before it loads: GPQA shuffles its choices then
         if benchmark.runs_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the user has named it in run_code_of
         changes = self._changes(name, chosen, benchmark)
