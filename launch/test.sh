@@ -10,8 +10,11 @@ environment .venv-test requirements.txt requirements-dev.txt requirements-ray.tx
 bin=.venv-test/bin
 $bin/ruff format --check .
 $bin/ruff check .
-$bin/mypy npd_ascend kernels/npd_kernels
-if [ $# -gt 0 ]; then exec env NPD_SLOW=1 $bin/python -m pytest "$@"; fi
+types=($bin/mypy npd_ascend kernels/npd_kernels)
+if [ $# -gt 0 ]; then
+  "${types[@]}"
+  exec env NPD_SLOW=1 $bin/python -m pytest "$@"
+fi
 
 failed=
 # part NAME COMMAND...: what fails is named at the end, and the rest still runs
@@ -31,12 +34,14 @@ in_other_environments() {
   part "tests/harness" env HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/harness
   [ -z "$failed" ] || { echo "failed: $failed" && return 1; }
 }
-# beside the tests of the ordinary environment, which wait a lot, and shown after them
+# beside the types, which take one core, and the tests of the ordinary environment, which wait a lot; shown after them
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 in_other_environments > "$log" 2>&1 &
+others=$!
+part "mypy" "${types[@]}"
 part "the tests of the ordinary environment" env NPD_SLOW=1 $bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
-part "what ran beside them" wait $!
+part "what ran beside them" wait $others
 cat "$log"
 if [ -n "$failed" ]; then
   echo "failed: $failed" >&2
