@@ -91,14 +91,17 @@ def test_a_copy_without_the_split_that_is_asked(tmp_path, capsys):
     assert "cannot be loaded" not in said
 
 
-def test_a_folder_is_read_for_its_digest_once_whatever_is_asked(tmp_path, monkeypatch):
-    place, read = copy_of_the_hubs(tmp_path / "copy", "main", "test", [GSM8K]), []
+def test_a_folder_is_read_once_for_its_digest_and_once_for_its_rows_whatever_is_asked(tmp_path, monkeypatch):
+    place, read, loaded = copy_of_the_hubs(tmp_path / "copy", "main", "test", [GSM8K]), [], []
     monkeypatch.setattr(settings_module, "sha256", lambda file: read.append(file.name) or sha256(file))
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: loaded.append(1) or load(*args, **kwargs))
     sampled = {"data": str(place), "shots": 0, "max_new_tokens": 4, "samples": 2, "temperature": 1.0}
     settings = {"folder": str(tmp_path / "out"), "model": {"path": str(make_model(tmp_path / "model"))}}
     (tmp_path / "eval.yaml").write_text(json.dumps(settings | {"benchmarks": {"gsm8k": sampled}}))
     assert main(["eval", "--benchmarks", str(tmp_path / "eval.yaml")]) == 0
     assert sorted(read) == ["README.md", "test.jsonl", "train.jsonl"]
+    assert loaded == [1]
 
 
 def test_a_dry_run_looks_at_everything_and_asks_nothing(tmp_path, capsys, monkeypatch):
