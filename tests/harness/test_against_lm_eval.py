@@ -174,6 +174,15 @@ def npd_eval(folder: Path, model: Path, data: dict[str, Path], **changes) -> dic
     return scores_of(folder)
 
 
+def npd_eval_command(settings: dict) -> None:
+    """In a process of its own, as it is typed."""
+    path = Path(settings["folder"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "npd_ascend", "eval", "--benchmarks", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def said_by(folder: Path, name: str) -> list[str]:
     return [row["answer"] for row in json.loads((folder / name / "questions-0.json").read_text())]
 
@@ -227,17 +236,14 @@ def test_other_examples_and_other_choices_show(theirs, monkeypatch):
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; launch/test.sh has it here")
 def test_vllm_gives_the_scores_of_transformers(theirs):
-    """In a process of its own, as the command is typed; MATH-500, as in the recipe, with several answers."""
+    """MATH-500, as in the recipe, with several answers. MBPP and HumanEval: test_code_benchmarks.py."""
     folder, model, data, scores = theirs
     lines = data["math500"].read_text().splitlines()
     (folder / "twice.jsonl").write_text("\n".join([*lines, lines[0]]))
     settings = npd_settings(folder / "vllm", model, data | {"math500": folder / "twice.jsonl"})
     settings["model"]["engine"] = "vllm"
     settings["benchmarks"]["math500"] |= {"samples": 2, "temperature": 1.0}
-    (folder / "vllm.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "npd_ascend", "eval", "--benchmarks", str(folder / "vllm.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
+    npd_eval_command(settings)
     greedy = {name: score for name, score in scores_of(folder / "vllm").items() if name != "math500"}
     assert greedy == {name: score for name, score in scores.items() if name != "math500"}
     assert said_by(folder / "vllm", "gsm8k") == said_by(folder / "ours", "gsm8k")
@@ -294,13 +300,18 @@ def test_killed_and_started_again_asks_only_what_is_left(theirs, monkeypatch):
 
 
 def test_samples_differ_and_are_averaged(theirs):
+    """And they are the same in another process."""
     folder, model, data, _ = theirs
     sampled = {"data": str(data["gsm8k"]), "shots": 0, "max_new_tokens": 8, "samples": 2, "temperature": 1.0}
-    npd_eval(folder / "sampled", model, data, benchmarks={"gsm8k": sampled | {"questions": 8}})
+    settings = npd_settings(folder / "again", model, data) | {"benchmarks": {"gsm8k": sampled | {"questions": 8}}}
+    npd_eval(folder / "sampled", model, data, benchmarks=settings["benchmarks"])
+    npd_eval_command(settings)
     score = json.loads((folder / "sampled" / "results.json").read_text())["benchmarks"]["gsm8k"]["score"]
     rows = [json.loads((folder / "sampled" / "gsm8k" / f"questions-{i}.json").read_text()) for i in (0, 1)]
     assert [row["answer"] for row in rows[0]] != [row["answer"] for row in rows[1]]
     assert score == sum(row["score"] for sample in rows for row in sample) / 16
+    for i, sample in enumerate(rows):
+        assert json.loads((folder / "again" / "gsm8k" / f"questions-{i}.json").read_text()) == sample
 
 
 def test_another_folder_of_one_name_is_read_and_changed_rows_are_refused(theirs, tmp_path, capsys):

@@ -21,7 +21,16 @@ if find_spec("lm_eval") is None:
 import datasets
 from hub import npd_eval_from_hub
 from lm_eval_command import lm_eval_command, scores_of
-from test_against_lm_eval import NEW_TOKENS, SHOTS, make_model, npd_eval, npd_settings, said_by, write_lines
+from test_against_lm_eval import (
+    NEW_TOKENS,
+    SHOTS,
+    make_model,
+    npd_eval,
+    npd_eval_command,
+    npd_settings,
+    said_by,
+    write_lines,
+)
 
 from npd_ascend.evaluate import engine_lm
 
@@ -81,6 +90,16 @@ def test_the_same_scores_as_lm_evals_own_command(theirs):
     folder, model, data, scores = theirs
     assert npd_eval(folder / "ours", model, data) == scores  # question by question
     assert [len(each) for each in scores.values()] == [QUESTIONS, QUESTIONS]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed; launch/test.sh has it here")
+def test_vllm_gives_the_scores_of_transformers(theirs):
+    folder, model, data, scores = theirs
+    settings = npd_settings(folder / "vllm", model, data)
+    settings["model"]["engine"] = "vllm"
+    npd_eval_command(settings)
+    assert scores_of(folder / "vllm") == scores
+    assert said_by(folder / "vllm", "mbpp") == said_by(folder / "ours", "mbpp")
 
 
 def test_answers_read_by_an_older_filter_are_not_mixed_in(theirs, capsys):
