@@ -29,6 +29,8 @@ _ENVIRONMENT = {
     "VLLM_ASCEND_ENABLE_NZ": "0",  # weights in that format cannot be replaced, and only one of three ways would say so
 }
 
+CPU_TOKENS = 4096  # of a step; vLLM's own default there
+
 
 def require_vllm(key: str = "rollout.engine") -> None:
     """UserError if vLLM is not installed, which `key` asks for. It is not imported: that takes ten seconds."""
@@ -58,12 +60,14 @@ def start_llm(
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the configuration
     try:
         from vllm import LLM
+        from vllm.platforms import current_platform
 
         from npd_ascend.rollout.vllm_gloo import BACKEND
     except (ImportError, OSError) as error:
         why = f"vllm cannot be imported ({_line(error)})"
         raise UserError(f"{section}.engine=vllm, but {why}; {_INSTALL}, or set {section}.engine: hf") from None
     _know_pangu()
+    on_cpu = current_platform.is_cpu()
     if torch.cpu._is_amx_tile_supported():
         # vLLM's bfloat16 attention uses AMX tiles; the kernel kills a process that has not asked for them (SIGILL)
         torch.cpu._init_amx()
@@ -79,6 +83,10 @@ def start_llm(
             trust_remote_code=False,
             enforce_eager=eager,
             enable_prefix_caching=True,
+            # where the prompt of a request with a seed is cut, its generator is set back by what a draw takes on a
+            # card, and a CPU's knows no such offset (RuntimeError)
+            enable_chunked_prefill=False if on_cpu else None,
+            max_num_batched_tokens=max(CPU_TOKENS, max_model_len) if on_cpu else None,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             # with two batches on their way vllm-ascend 0.23.0 may overwrite the random numbers of one by those of the
