@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import yaml
 from conftest import CONFIGS
 
 from npd_ascend.metrics import read_metrics
-from npd_ascend.rollout.journal import journal_path, read_journal
+from npd_ascend.rollout.journal import Journal, journal_path, read_journal
 from npd_ascend.stream import Stream
 
 if find_spec("vllm") is None:
@@ -103,17 +104,21 @@ def test_the_answers_of_a_worker_that_is_killed_in_a_shard_are_kept(folders, tmp
         process.kill()
         assert process.wait() == -9, (tmp_path / "said").read_text()
     (tmp_path / "v2").rename(weights / "v2")
-    kept = read_journal(journal)[1]
+    asked, kept, _ = read_journal(journal)
     assert 5 <= len(kept) < len(made) == 64
+    first = next(iter(kept))
+    with Journal(journal, asked) as opened:  # what no model would say: it is not asked again
+        opened.add(first, replace(kept[first], logprobs=kept[first].logprobs - 1))
+    kept = read_journal(journal)[1]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not journal.exists()
-    again = stream.read("rollouts", 1)
+    again = Stream(stream.folder).read("rollouts", 1)
     assert [(r.sample_id, r.token_ids) for r in again] == [(r.sample_id, r.token_ids) for r in made]
     for index, answer in kept.items():
         assert again[index].logprobs.tobytes() == answer.logprobs.tobytes()
-    for one, other in zip(again, made, strict=True):
-        assert np.abs(one.logprobs - other.logprobs).max() < 1e-4
+    apart = [np.abs(one.logprobs - other.logprobs).max() for one, other in zip(again, made, strict=True)]
+    assert [index for index, nats in enumerate(apart) if nats > 1e-4] == [first]
     (row,) = [r for r in read_metrics(run) if r["step"] == 1 and "rollout/resumed" in r]
     assert (row["rollout/resumed"], row["rollout/version"], row["rollout/samples"]) == (len(kept), 1, 64)
