@@ -58,7 +58,9 @@ case $role in
   join)
     first=${1:?ADDRESS:PORT of the first node}
     host=${NPD_RAY_HOST:?the address of this node that the first one reaches, where Ray is to listen}
-    command -v pkill > /dev/null || { echo "launch/npd_ray.sh join needs ps and pkill, of procps" >&2 && exit 2; }
+    for tool in ps pkill; do
+      command -v $tool > /dev/null || { echo "launch/npd_ray.sh join needs $tool, of procps" >&2 && exit 2; }
+    done
     log=$(mktemp)
     env $cards "${ray[@]}" start --address "$first" --node-ip-address "$host" --block --disable-usage-stats \
       "${options[@]}" > "$log" 2>&1 &

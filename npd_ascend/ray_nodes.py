@@ -117,7 +117,7 @@ class Shortage:
 
     def __init__(self, config: Config):
         self._config, self._looked = config, time.monotonic()
-        self._said: str | None = None
+        self._said = False
 
     def look(self, group: Sequence[Process]) -> None:
         """group: who runs, or waits for its place."""
@@ -125,9 +125,9 @@ class Shortage:
             return
         self._looked = time.monotonic()
         lack = what_is_lacking(self._config, group)
-        if lack and lack != self._said:
+        if lack and not self._said:
             _log.warning("%s; who has no place waits for one", lack)
-        self._said = lack
+        self._said = lack is not None
 
 
 def _run_here(command: list[str], log: str) -> int:

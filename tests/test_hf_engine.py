@@ -62,7 +62,13 @@ def test_answers_come_as_they_end(loaded):
     finished = [(index, len(done.token_ids)) for index, done in engine.generate(requests, Sampling(0.0))]
     lengths = [length for _, length in finished]
     assert lengths == sorted(lengths)
-    assert finished[0] == (3, 1)
+    calls = []
+    hook = engine._model.register_forward_pre_hook(lambda *_: calls.append(1))
+    answers = engine.generate(requests, Sampling(0.0))
+    index, first = next(answers)
+    assert (index, len(first.token_ids), len(calls)) == (3, 1, 1)
+    answers.close()
+    hook.remove()
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(loaded):

@@ -324,12 +324,15 @@ def test_weights_on_their_way_are_counted_where_they_lie(addition_student, monke
 
 
 def test_vllm_reads_no_more_prompt_tokens_at_once_than_its_limit():
-    def peak(prompt_tokens, kv_cache_bytes):
+    def peak(prompt_tokens, kv_cache_bytes, **changes):
         lens = {"batch": 512, "prompt_tokens": prompt_tokens, "new_tokens": 2048}
-        return rollout_memory(UNTIED, torch.bfloat16, **lens, kv_cache_bytes=kv_cache_bytes).peak
+        return rollout_memory(UNTIED, torch.bfloat16, **lens, kv_cache_bytes=kv_cache_bytes, **changes).peak
 
     assert peak(16, 2**30) == peak(4096, 2**30)  # 512 x 16 is the limit
     assert peak(4096, None) > peak(16, None)
+    # on a CPU 4,096, or the longest prompt with its answer
+    whole = [peak(tokens, 2**30, whole_prompts=True) for tokens in (8, 16, 4096, 6144)]
+    assert whole[0] == whole[1] < whole[2] < peak(16, 2**30) == whole[3]
 
 
 def test_a_card_without_rates_is_not_planned(capsys):

@@ -193,7 +193,8 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
                 assert ("has lost the run" if lost else "has ended") in said.read_text()
     finally:
         (tmp_path / "down").touch()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
         for pid in marked(mark) | marked(joins):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

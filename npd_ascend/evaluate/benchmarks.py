@@ -74,10 +74,13 @@ _DROP = {
 # \boxed{B} are lost. Here a letter that is said to be the answer counts above one in bold, and that above one in
 # brackets or in "option B is correct", of which the last counts. Neither D-type nor the word in "A value" is a letter.
 _LETTER = r"(?i:(?:option|choice) )?\(?(A(?! (?!(?:because|since|as|and|for|with)\b)[a-z])|[B-D])(?![\w-])"
-# "it is not true that the answer is A" says no letter
-_DENIALS = ("not true", "n't true", "false", "not sure", "not think", "n't think", "not believe", "n't believe")
+# "it is not true that the answer is A" says no letter; "statement 2 is false, the answer is A" does
+_DENIALS = (
+    *(f"{words} that" for words in ("not true", "n't true", "false", "not the case", "not sure", "n't sure")),
+    *(f"{no} {verb}{that}" for no in ("not", "n't") for verb in ("think", "believe") for that in (" that", "")),
+)
 _DENIED = "".join(
-    f"(?<!{denial} {words})" for denial in _DENIALS for words in ("", "that ", "that the ", "that the correct ", "the ")
+    f"(?<!{denial}{words})" for denial in _DENIALS for words in (" ", " the ", " the correct ", " the right ")
 )
 _SAID = rf"(?:\\boxed\{{|{_DENIED}(?i:answer(?: is|\W*:)|(?:option|choice) is))(?:\\(?:text|math)\w*\{{|\W)*" + _LETTER
 _LAST_LINE = r"^[^\w\n]*([A-D])\W*\Z"

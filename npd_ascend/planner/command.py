@@ -247,6 +247,7 @@ class _Asked:
             prompt_tokens=longest_prompt,
             new_tokens=rollout.max_new_tokens,
             kv_cache_bytes=None if rollout.engine == "hf" else int(rollout.kv_cache_gib * 2**30),
+            whole_prompts=self._config.device.kind == "cpu",
         )
         return replace(memory, role=role)
 

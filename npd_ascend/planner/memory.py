@@ -28,6 +28,9 @@ _DRAW_COPIES = 6
 CHECKPOINT_COPIES = 3
 # max_num_seqs and max_num_batched_tokens of vLLM's LLM class, of which nothing here asks for more (engine/arg_utils.py)
 VLLM_REQUESTS, VLLM_TOKENS = 256, 8192
+VLLM_CPU_TOKENS = (
+    4096  # the same on a CPU, or the longest prompt with its answer: rollout/vllm_versions.py asks for that
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,7 @@ class Memory:
     loss: int = 0  # a chunk of logits, the head's gradient until it is a gradient sum
     kv_cache: int = 0
     collectives: int = 0  # buffers of the collective library
-    transfer: int = 0  # of weights on their way from the trainer to the generators (transfer.py)
+    transfer: int = 0  # of weights on their way from trainer to generators; of the host's, or of the card (transfer.py)
     checkpoint: int = 0  # of the host's memory, while one is written and training goes on
     step: int = 0  # the largest moment of a step; not the sum, see above
     peak: int
@@ -208,16 +211,19 @@ def rollout_memory(
     prompt_tokens: int,
     new_tokens: int,
     kv_cache_bytes: int | None = None,
+    whole_prompts: bool = False,
 ) -> Memory:
     """Of `npd rollout`. prompt_tokens: of the longest prompt, to which the others of a batch are padded.
 
     kv_cache_bytes: of a cache that is there from the start, as vLLM's, which takes no more requests and tokens at once
     than its limits; None: it grows with the answers, layer by layer and copied as it does, as rollout/hf_engine.py's.
+    whole_prompts: vLLM cuts none, as on a CPU.
     """
     weights, per_token = dtype.itemsize * config.num_parameters, kv_bytes_per_token(config, dtype)
     prompts = batch * prompt_tokens
     if kv_cache_bytes is not None:
-        batch, prompts = min(batch, VLLM_REQUESTS), min(prompts, VLLM_TOKENS)
+        limit = max(VLLM_CPU_TOKENS, prompt_tokens + new_tokens) if whole_prompts else VLLM_TOKENS
+        batch, prompts = min(batch, VLLM_REQUESTS), min(prompts, limit)
     prefill = (
         count_layer(config, dtype, prompts, Mesh(), "off").forward + 2 * dtype.itemsize * config.hidden_size * prompts
     )

@@ -37,9 +37,9 @@ def journal_path(stream: Path, number: int, shard: int) -> Path:
     return stream / f".rollouts-v{number}-{shard:05d}.partial"
 
 
-def begun_shards(stream: Path) -> Iterator[Begun]:
-    """All that have a journal in the folder of a stream."""
-    for path in sorted(stream.glob(".rollouts-*.partial")):
+def begun_shards(stream: Path, shard: int | None = None) -> Iterator[Begun]:
+    """All that have a journal in the folder of a stream, or those of one shard, one per set or weight version."""
+    for path in sorted(stream.glob(f".rollouts-v*-{'*' if shard is None else f'{shard:05d}'}.partial")):
         if name := _NAME.fullmatch(path.name):
             yield Begun(int(name[1]), int(name[2]), path)
 
@@ -69,7 +69,7 @@ def read_journal(path: Path) -> tuple[str, dict[int, Completion], int]:
             asked = content.decode()
         good += len(line) + 1
     if good < len(data):
-        _log.warning("%s: torn or damaged; the %d answers before that are kept", path, len(answers))
+        _log.warning("%s: torn or damaged after %d answers", path, len(answers))
     return asked, answers, good
 
 
@@ -83,7 +83,8 @@ class Journal:
         if was and was != asked:
             _log.warning("%s: begun with other weights or requests; its %d answers are lost", path, len(kept))
         self.kept = kept if was == asked else {}
-        self._file: IO[bytes] = path.open("ab", buffering=0)  # what is written outlives this process
+        with disk_full_is_said(path):
+            self._file: IO[bytes] = path.open("ab", buffering=0)  # what is written outlives this process
         self._file.truncate(good if was == asked else 0)
         if was != asked:
             self._append(asked)
@@ -111,8 +112,10 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
     def _append(self, content: str) -> None:
+        line = _checksum(content.encode()) + b" " + content.encode() + b"\n"
         with disk_full_is_said(self._path):
-            self._file.write(_checksum(content.encode()) + b" " + content.encode() + b"\n")
+            while line:  # a disk that is nearly full takes a part of it without an error
+                line = line[self._file.write(line) :]
 
 
 def _read_answer(content: bytes) -> tuple[int, Completion]:

@@ -59,7 +59,9 @@ class VllmEngine:
     device_backend: vLLM's, for weights that come from device to device. section: of the settings, which errors name.
     """
 
-    separable = True  # who shares a step with whom depends on the memory that is free anyway
+    # a shard that is made whole has equal bits each time, and one that is ended by another worker may not: answers that
+    # took minutes are worth more
+    separable = True
 
     def __init__(
         self,

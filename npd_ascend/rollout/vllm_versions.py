@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from npd_ascend.errors import UserError
+from npd_ascend.planner.memory import VLLM_CPU_TOKENS
 from npd_ascend.rollout.engine import Completion, Request, Sampling
 from npd_ascend.weights.collective import GroupInfo, Manifest, device_checksum, tensor_sums
 from npd_ascend.weights.control import TransferError
@@ -28,8 +29,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # it would report every start to its makers
     "VLLM_ASCEND_ENABLE_NZ": "0",  # weights in that format cannot be replaced, and only one of three ways would say so
 }
-
-CPU_TOKENS = 4096  # of a step; vLLM's own default there
 
 
 def require_vllm(key: str = "rollout.engine") -> None:
@@ -86,7 +85,7 @@ def start_llm(
             # where the prompt of a request with a seed is cut, its generator is set back by what a draw takes on a
             # card, and a CPU's knows no such offset (RuntimeError)
             enable_chunked_prefill=False if on_cpu else None,
-            max_num_batched_tokens=max(CPU_TOKENS, max_model_len) if on_cpu else None,
+            max_num_batched_tokens=max(VLLM_CPU_TOKENS, max_model_len) if on_cpu else None,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             # with two batches on their way vllm-ascend 0.23.0 may overwrite the random numbers of one by those of the

@@ -182,15 +182,14 @@ class Maker:
         the same reason the trainer, which keeps the last max_lag versions, has not dropped that one.
         """
         usable = None
-        for begun in begun_shards(self._run.stream.folder) if self._engine.separable else ():
-            if begun.shard != shard:
-                continue
+        for begun in begun_shards(self._run.stream.folder, shard) if self._engine.separable else ():
             asked, answers, _ = read_journal(begun.path)
-            if asked == self._asked(shard, begun.number):
+            if answers and asked == self._asked(shard, begun.number):
                 usable = begun.number
                 continue
-            why = f"weight version {begun.number}, with which they were made, is gone or another"
-            _log.warning("%s: its %d answers are lost, since %s", begun.path, len(answers), why)
+            if answers:
+                why = f"weight version {begun.number}, with which they were made, is gone or another"
+                _log.warning("%s: its %d answers are lost, since %s", begun.path, len(answers), why)
             begun.path.unlink()
         return usable
 
@@ -241,8 +240,12 @@ class Maker:
         """One line that is another one if anything is that the answers depend on."""
         rollout, stamp = self._run.config.rollout, self._run.weights.path(version) / "version.json"
         how = [rollout.engine, rollout.dtype, rollout.temperature, rollout.top_p]
-        # with their checksum; nothing for the student as given, and for a version that is gone
-        weights = stamp.read_text() if stamp.exists() else ""
+        weights = ""  # of a version that is gone
+        if stamp.exists():
+            weights = stamp.read_text()  # with their checksum
+        elif version == 0:  # the student as given, too large to be summed up for this
+            files = sorted(self._run.generator(0).glob("*.safetensors"))
+            weights = str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
         what = [how, weights, self._names(shard, version), [asdict(r) for r in self._requests(shard, version)]]
         return json.dumps({"version": version, "sha256": hashlib.sha256(json.dumps(what).encode()).hexdigest()})
 

@@ -94,6 +94,7 @@ GPQA = [
     ("It seems that option A is correct. But it is heavy, so (B)", True),
     ("It is true that option B is correct. It is not true that option A is correct.", False),
     ("The correct option is B. I do not think that the answer is A.", False),
+    ("Statement II, that it is heavy, is false the answer is B", False),
 ]
 
 
@@ -161,6 +162,7 @@ def test_gpqa(tmp_path):
     others["Option A is not correct."] = "[invalid]"
     others["It is not true that option A is correct."] = "[invalid]"
     others["It isn't true that the correct answer is A."] = "[invalid]"
+    others["It is false that the answer is A."] = "[invalid]"
     wanted = {text: "B" for text, _ in GPQA} | others
     rows = [
         {"Question": f"How high, case {i}?", "Correct Answer": "right", "Incorrect Answer 1": "one"}

@@ -15,7 +15,8 @@ from conftest import make_hf_model
 
 from npd_ascend.errors import UserError
 from npd_ascend.model.load import load_decoder
-from npd_ascend.rollout import vllm_engine, vllm_versions
+from npd_ascend.planner.memory import VLLM_CPU_TOKENS
+from npd_ascend.rollout import vllm_engine
 from npd_ascend.rollout.engine import Request, Sampling, in_order
 from npd_ascend.rollout.vllm_engine import VllmEngine
 from npd_ascend.weights.canary import Probe, compare
@@ -141,7 +142,7 @@ def test_more_prompts_with_seeds_than_a_step_takes(loaded):
     """vLLM would cut one of them, and cannot on a CPU."""
     _, _, engine, _ = loaded
     requests = [Request(tuple(3 + (i * k + k) % 50 for i in range(300)), 4, k) for k in range(1, 21)]
-    assert sum(len(request.token_ids) for request in requests) > vllm_versions.CPU_TOKENS
+    assert sum(len(request.token_ids) for request in requests) > VLLM_CPU_TOKENS
     together = in_order(engine.generate(requests, Sampling(1.0)))
     alone = in_order(engine.generate(requests[13:14], Sampling(1.0)))
     assert together[13].token_ids == alone[0].token_ids
@@ -155,6 +156,7 @@ def test_answers_come_as_they_end_and_of_a_call_that_is_given_up_nothing_stays(l
     assert (index, len(first.token_ids)) == (3, 1)
     finished.close()
     check_greedy(model, engine, eos_id)
+    assert list(engine.generate([], Sampling(0.0))) == []  # of a shard whose answers were all in its journal
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(loaded):
