@@ -190,7 +190,7 @@ class Maker:
             if answers:
                 why = f"weight version {begun.number}, with which they were made, is gone or another"
                 _log.warning("%s: its %d answers are lost, since %s", begun.path, len(answers), why)
-            begun.path.unlink()
+            begun.path.unlink(missing_ok=True)
         return usable
 
     def make(self, shard: int, version: int, number: int, waited: float = 0.0) -> None:
