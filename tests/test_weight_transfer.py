@@ -98,6 +98,16 @@ def test_the_snapshot_does_not_move_with_the_model(served):
     check_same(Worker(folder).take(50), on_disk(folder, 50))
 
 
+def test_a_sender_that_is_closed_has_no_thread_left(source, tmp_path, monkeypatch):
+    """One that held a tensor when the interpreter ended would abort the trainer that has just finished its run."""
+    monkeypatch.setattr(collective, "checksum", lambda bucket: str(time.sleep(0.5)))
+    model, before = load_decoder(source, dtype=torch.float32, device=CPU), set(threading.enumerate())
+    with open_sender(tmp_path, torch.float32, timeout_s=TIMEOUT_S) as sender:
+        sender.offer(1, model)
+        assert len(set(threading.enumerate()) - before) == 2  # one accepts, one makes the checksums
+    assert set(threading.enumerate()) == before
+
+
 def test_every_bit_and_every_place_counts_in_the_sums_of_a_tensor(monkeypatch):
     monkeypatch.setattr(collective, "_PART_WORDS", 8)
     words = torch.randint(-(2**15), 2**15, (21,), generator=torch.Generator().manual_seed(0)).short()

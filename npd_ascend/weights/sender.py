@@ -11,7 +11,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -91,7 +91,7 @@ class WeightSender:
         self._version = -1  # the newest that was offered
         self._snapshot: Snapshot | None = None  # of it, once it is made
         self._changed, self._closed = threading.Condition(), False
-        self._threads: set[threading.Thread] = set()
+        self._threads: list[threading.Thread] = []
         self._file = folder / "sender.json" if mesh.rank == 0 else None
         self._meetings = folder / MEETINGS
         if self._file:
@@ -102,7 +102,7 @@ class WeightSender:
             with commit_file(self._file) as draft:
                 draft.touch(mode=0o600)
                 draft.write_text(json.dumps({"host": host, "port": _port(self._server), "token": self._token}))
-            threading.Thread(target=self._accept, daemon=True).start()
+            self._start(self._accept)
 
     def offer(self, version: int, model: Decoder, mesh: Mesh = ALONE) -> float:
         """Hand out `version`, which is published, from now on; called by all ranks.
@@ -118,7 +118,7 @@ class WeightSender:
         self._set(version, None)  # before the copy is made: there should be one of them at a time
         snapshot = Snapshot(version, model, mesh, self._dtype, self._bucket_bytes, self._device)
         self._set(version, snapshot)
-        threading.Thread(target=snapshot.manifest, daemon=True).start()  # before a worker has to wait for it
+        self._start(snapshot.manifest)  # before a worker has to wait for it
         return snapshot.gather_s
 
     def _set(self, version: int, snapshot: Snapshot | None) -> None:
@@ -135,9 +135,19 @@ class WeightSender:
         self._server.shutdown(socket.SHUT_RDWR)  # wakes up the thread that accepts
         self._server.close()
         deadline = time.monotonic() + self._timeout_s
-        for thread in list(self._threads):
-            thread.join(max(deadline - time.monotonic(), 0))
+        # one that still held a tensor when the interpreter ends would abort the process
+        while (threads := self._alive()) and (left := deadline - time.monotonic()) > 0:
+            threads[0].join(left)
         shutil.rmtree(self._meetings, ignore_errors=True)
+
+    def _start(self, work: Callable[..., object], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        with self._changed:
+            thread.start()
+            self._threads = [*self._alive(), thread]
+
+    def _alive(self) -> list[threading.Thread]:
+        return [thread for thread in self._threads if thread.is_alive()]
 
     def _accept(self) -> None:
         while not self._closed:
@@ -147,9 +157,7 @@ class WeightSender:
                 if not self._closed:
                     _log.warning("weights: no more workers can connect (%s)", error)
                 return
-            thread = threading.Thread(target=self._serve, args=(connected, f"{host}:{port}"), daemon=True)
-            self._threads.add(thread)
-            thread.start()
+            self._start(self._serve, connected, f"{host}:{port}")
 
     def _serve(self, connected: socket.socket, peer: str) -> None:
         try:
@@ -157,8 +165,6 @@ class WeightSender:
                 self._serve_worker(Line(connected, self._token, peer, self._timeout_s, serves=True))
         except TransferError as error:
             _log.warning("weights: %s", error)
-        finally:
-            self._threads.discard(threading.current_thread())
 
     def _serve_worker(self, line: Line) -> None:
         """Until it hangs up, or does not keep to what was agreed: then TransferError, and it may connect anew."""
