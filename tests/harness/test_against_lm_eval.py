@@ -299,19 +299,37 @@ def test_killed_and_started_again_asks_only_what_is_left(theirs, monkeypatch):
     assert said_by(folder / "killed", "gsm8k") == said_by(folder / "ours", "gsm8k")
 
 
-def test_samples_differ_and_are_averaged(theirs):
-    """And they are the same in another process."""
+def test_samples_differ_and_are_averaged(theirs, monkeypatch):
+    """And they are the same in another process, and where one was stopped among the second ones."""
     folder, model, data, _ = theirs
     sampled = {"data": str(data["gsm8k"]), "shots": 0, "max_new_tokens": 8, "samples": 2, "temperature": 1.0}
-    settings = npd_settings(folder / "again", model, data) | {"benchmarks": {"gsm8k": sampled | {"questions": 8}}}
+    settings = npd_settings(folder / "again", model, data) | {"benchmarks": {"gsm8k": sampled | {"questions": 16}}}
     npd_eval(folder / "sampled", model, data, benchmarks=settings["benchmarks"])
     npd_eval_command(settings)
     score = json.loads((folder / "sampled" / "results.json").read_text())["benchmarks"]["gsm8k"]["score"]
     rows = [json.loads((folder / "sampled" / "gsm8k" / f"questions-{i}.json").read_text()) for i in (0, 1)]
     assert [row["answer"] for row in rows[0]] != [row["answer"] for row in rows[1]]
-    assert score == sum(row["score"] for sample in rows for row in sample) / 16
-    for i, sample in enumerate(rows):
-        assert json.loads((folder / "again" / "gsm8k" / f"questions-{i}.json").read_text()) == sample
+    assert score == sum(row["score"] for sample in rows for row in sample) / 32
+
+    generate, asked = HfEngine.generate, []
+
+    def interrupted(self, requests, sampling):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(len(requests))
+        return generate(self, requests, sampling)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfEngine, "generate", interrupted)
+        with pytest.raises(AssertionError):
+            npd_eval(folder / "stopped", model, data, benchmarks=settings["benchmarks"])
+        asked.clear()
+        patch.setattr(HfEngine, "generate", lambda *args: asked.append(len(args[1])) or generate(*args))
+        npd_eval(folder / "stopped", model, data, benchmarks=settings["benchmarks"])
+    assert asked == [8]
+    for name in ("again", "stopped"):
+        for i, sample in enumerate(rows):
+            assert json.loads((folder / name / "gsm8k" / f"questions-{i}.json").read_text()) == sample
 
 
 def test_another_folder_of_one_name_is_read_and_changed_rows_are_refused(theirs, tmp_path, capsys):

@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import CONFIGS
+from killing import kill_in_shard
 
 from npd_ascend.config import load_config
 from npd_ascend.errors import UserError
@@ -18,6 +21,7 @@ from npd_ascend.evaluate.exact_match import exact_match
 from npd_ascend.parallel.mesh import ALONE
 from npd_ascend.prompts import read_heldout, wanted_shards
 from npd_ascend.rollout.engine import Completion
+from npd_ascend.rollout.journal import Journal, journal_path, read_journal
 from npd_ascend.runfolder import open_run
 from npd_ascend.stream import Stream
 from npd_ascend.tokenizer import ChatTokenizer
@@ -99,6 +103,29 @@ def test_a_shard_made_again_by_another_process_has_the_same_bits(folders, tmp_pa
     assert json.loads(manifest.read_text().splitlines()[1]) == json.loads(lines[1])  # its checksum too
 
 
+def test_the_answers_of_a_stage_that_is_killed_in_a_shard_are_kept(folders, tmp_path):
+    run = Path(shutil.copytree(folders["vllm"], tmp_path / "run"))
+    stream, config = Stream(run / "stream"), yaml.safe_load((run / "config.yaml").read_text())
+    config["rollout"]["kv_cache_gib"] = 0.001  # for few answers at a time, so that there is a middle
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    made = stream.read("rollouts", 0)[32:]
+    stream.manifest.write_text(stream.manifest.read_text().splitlines(keepends=True)[0])
+
+    journal = journal_path(stream.folder, 0, 1)
+    kill_in_shard([sys.executable, "-m", "npd_ascend", "rollout", "--run", str(run)], journal, 3, tmp_path / "said")
+    asked, kept, _ = read_journal(journal)
+    assert 3 <= len(kept) < len(made) == 32
+    first = next(iter(kept))
+    with Journal(journal, asked) as opened:  # what no model would say: it is not asked again
+        opened.add(first, replace(kept[first], logprobs=kept[first].logprobs - 1))
+    rollout("--run", str(run))
+    assert not journal.exists()
+    again = Stream(stream.folder).read("rollouts", 0)[32:]
+    assert [(r.sample_id, r.token_ids) for r in again] == [(r.sample_id, r.token_ids) for r in made]
+    apart = [np.abs(one.logprobs - other.logprobs).max() for one, other in zip(again, made, strict=True)]
+    assert [index for index, nats in enumerate(apart) if nats > 1e-4] == [first]
+
+
 def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_path, monkeypatch, caplog):
     """Questions longer than a block of keys, so that there is something in the cache to outlive them."""
     from npd_ascend.rollout import vllm_engine
@@ -143,7 +170,6 @@ def test_a_stage_whose_cache_outlives_its_weights_is_stopped_by_the_canary(tmp_p
 
 def check_what_a_killed_worker_has_begun(run, maker, elsewhere, caplog):
     """Shard 1 with version 1, which is the newest; nobody goes on with answers of weights that are not there."""
-    from npd_ascend.rollout.journal import Journal, journal_path
 
     def begin() -> Path:
         path = journal_path(run.stream.folder, 1, 1)

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import CONFIGS
+from killing import kill_in_shard
 
 from npd_ascend.metrics import read_metrics
 from npd_ascend.rollout.journal import Journal, journal_path, read_journal
@@ -97,12 +97,7 @@ def test_the_answers_of_a_worker_that_is_killed_in_a_shard_are_kept(folders, tmp
     command = [sys.executable, "-m", "npd_ascend", "grpo-rollout", "--run", str(run)]
     journal = journal_path(stream.folder, 1, 1)
     (weights / "v2").rename(tmp_path / "v2")
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
-        while process.poll() is None and len(read_journal(journal)[1]) < 5:
-            time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -9, (tmp_path / "said").read_text()
+    kill_in_shard(command, journal, 5, tmp_path / "said")
     (tmp_path / "v2").rename(weights / "v2")
     asked, kept, _ = read_journal(journal)
     assert 5 <= len(kept) < len(made) == 64
