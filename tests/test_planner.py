@@ -286,7 +286,7 @@ def test_each_stage_is_planned_with_packs_of_its_own():
 
 @pytest.mark.parametrize(("name", "section"), [("addition_teacher", "sft"), ("addition_grpo", "grpo")])
 def test_the_layout_that_fits_names_the_packs_of_its_own_section(name, section):
-    asked = _Asked(load_config(CONFIGS / f"{name}.yaml"), ASCEND)
+    asked = _Asked(load_config(CONFIGS / f"{name}.yaml", ["data.gold.count=8"]), ASCEND)
     (said,) = {str(layout).split()[-1].split(".")[0] for layout in asked._other_layouts()}
     assert said == section
 
