@@ -275,27 +275,32 @@ def test_a_wrong_stop_shows(theirs, monkeypatch):
     assert wrong["gsm8k"] != scores["gsm8k"]
 
 
-def test_killed_and_started_again_asks_only_what_is_left(theirs, monkeypatch):
-    folder, model, data, scores = theirs
+def count_batches(patch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
+    """The questions of every batch that HfEngine is asked; Ctrl-C where batch number `stop_at` begins."""
     generate, asked = HfEngine.generate, []
 
-    def interrupted(self, requests, sampling):
-        if len(asked) == 2:
+    def counted(self, requests, sampling):
+        if len(asked) == stop_at:
             raise KeyboardInterrupt
         asked.append(len(requests))
         return generate(self, requests, sampling)
 
+    patch.setattr(HfEngine, "generate", counted)
+    return asked
+
+
+def test_killed_and_started_again_asks_only_what_is_left(theirs, monkeypatch):
+    folder, model, data, scores = theirs
     only = {"gsm8k": data["gsm8k"]}
     with monkeypatch.context() as patch:
-        patch.setattr(HfEngine, "generate", interrupted)
+        count_batches(patch, stop_at=2)
         with pytest.raises(AssertionError):  # exit code 130
             npd_eval(folder / "killed", model, only)
-    asked.append(0)  # the third batch was asked for and not answered
-    monkeypatch.setattr(HfEngine, "generate", lambda *args: asked.append(len(args[1])) or generate(*args))
+    asked = count_batches(monkeypatch)
     assert npd_eval(folder / "killed", model, only)["gsm8k"] == scores["gsm8k"]
-    assert asked == [8, 8, 0, 8]
+    assert asked == [8]
     assert npd_eval(folder / "killed", model, only)["gsm8k"] == scores["gsm8k"]
-    assert asked == [8, 8, 0, 8]
+    assert asked == [8]
     assert said_by(folder / "killed", "gsm8k") == said_by(folder / "ours", "gsm8k")
 
 
@@ -311,21 +316,12 @@ def test_samples_differ_and_are_averaged(theirs, monkeypatch):
     assert [row["answer"] for row in rows[0]] != [row["answer"] for row in rows[1]]
     assert score == sum(row["score"] for sample in rows for row in sample) / 32
 
-    generate, asked = HfEngine.generate, []
-
-    def interrupted(self, requests, sampling):
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        asked.append(len(requests))
-        return generate(self, requests, sampling)
-
     with monkeypatch.context() as patch:
-        patch.setattr(HfEngine, "generate", interrupted)
-        with pytest.raises(AssertionError):
+        count_batches(patch, stop_at=3)
+        with pytest.raises(AssertionError):  # exit code 130
             npd_eval(folder / "stopped", model, data, benchmarks=settings["benchmarks"])
-        asked.clear()
-        patch.setattr(HfEngine, "generate", lambda *args: asked.append(len(args[1])) or generate(*args))
-        npd_eval(folder / "stopped", model, data, benchmarks=settings["benchmarks"])
+    asked = count_batches(monkeypatch)
+    npd_eval(folder / "stopped", model, data, benchmarks=settings["benchmarks"])
     assert asked == [8]
     for name in ("again", "stopped"):
         for i, sample in enumerate(rows):
