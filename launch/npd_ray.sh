@@ -83,7 +83,8 @@ case $role in
       ((turn % 10)) && continue
       said=$(reach) && silent=0 || case $said in *refused*) ;; *) silent=$((silent + 1)) ;; esac
     done
-    for _ in 1 2 3 4 5; do # where both stop together, this one may be the first
+    # `ray stop` of a first node on this host stops this one too, and what answers there last of all, 20 s later at most
+    for ((turn = 0; turn < 30; turn++)); do
       said=$(reach) || case $said in
         *refused*) echo "the run at $first has ended" && exit 0 ;;
         *)

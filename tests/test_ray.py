@@ -131,9 +131,10 @@ def marked(mark: str) -> set[int]:
     return found
 
 
-def named(pid: int) -> str:
+def said_of(pid: int, what: str) -> str:
+    """what: its file in /proc, such as comm or cmdline."""
     with suppress(OSError):  # it may be gone
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"/proc/{pid}/{what}").read_text().strip()
     return ""
 
 
@@ -185,11 +186,16 @@ def test_the_script_opens_no_port_beyond_loopback(tmp_path, wide):
                     joined = subprocess.Popen(join, cwd=tmp_path, env=environment, stdout=output, stderr=output)
                 wait_for(lambda: "this node has" in said.read_text(), 120)
                 if lost:
-                    (raylet,) = [pid for pid in marked(joins) if named(pid) == "raylet"]
+                    (raylet,) = [pid for pid in marked(joins) if said_of(pid, "comm") == "raylet"]
                     os.kill(raylet, signal.SIGTERM)
                 else:
+                    # so that Ray's end takes as long as on a busy host
+                    (monitor,) = [
+                        pid for pid in marked(mark) - marked(joins) if "log_monitor" in said_of(pid, "cmdline")
+                    ]
+                    os.kill(monitor, signal.SIGSTOP)
                     (tmp_path / "down").touch()
-                assert joined.wait(60) == lost, said.read_text()
+                assert joined.wait(120) == lost, said.read_text()
                 assert ("has lost the run" if lost else "has ended") in said.read_text()
     finally:
         (tmp_path / "down").touch()
