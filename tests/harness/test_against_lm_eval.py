@@ -293,9 +293,10 @@ def test_killed_and_started_again_asks_only_what_is_left(theirs, monkeypatch):
     folder, model, data, scores = theirs
     only = {"gsm8k": data["gsm8k"]}
     with monkeypatch.context() as patch:
-        count_batches(patch, stop_at=2)
+        begun = count_batches(patch, stop_at=2)
         with pytest.raises(AssertionError):  # exit code 130
             npd_eval(folder / "killed", model, only)
+        assert begun == [8, 8]
     asked = count_batches(monkeypatch)
     assert npd_eval(folder / "killed", model, only)["gsm8k"] == scores["gsm8k"]
     assert asked == [8]
